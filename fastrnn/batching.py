@@ -1,0 +1,176 @@
+"""Threads: how many, and how one call's work is cut into shares that run at once.
+
+A call takes as many helper threads as are free, at most `get_num_threads` less one, and never waits for one: with
+none free it runs alone. So calls from many threads share the helpers without a queue, and cannot wait for each other.
+The bits of a result do not depend on the number of threads.
+"""
+
+import atexit
+import os
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .checks import positive
+from .kernels.tile import LANES_OF, VECS
+
+# What one call must have to do, in multiply-adds, before a second thread pays for waking it (tens of microseconds).
+WORTH_A_THREAD = 2_000_000
+# Rows of the batch that a share must have for the batch to be cut; below, the hidden units are.
+ROWS_OF_A_SHARE = 24
+
+Call = Callable[[int, int, NDArray[np.int64]], Any]
+
+
+class _Helper:
+    """A thread that makes one call after another."""
+
+    def __init__(self, pool: "_Pool"):
+        self.jobs: SimpleQueue[tuple[Call, int, int, NDArray[np.int64], list[BaseException]] | None] = SimpleQueue()
+        self.thread = threading.Thread(target=self._work, args=(pool,), name="fastrnn", daemon=True)
+        self.thread.start()
+
+    def _work(self, pool: "_Pool") -> None:
+        while (job := self.jobs.get()) is not None:
+            call, me, parties, barrier, errors = job
+            try:
+                call(me, parties, barrier)
+            except BaseException as error:
+                errors.append(error)
+                barrier[1] = 1
+            del job, call, barrier, errors
+            pool.free.append(self)
+
+
+class _Pool:
+    def __init__(self) -> None:
+        self.free: list[_Helper] = []
+        self.helpers: list[_Helper] = []
+        self.lock = threading.Lock()
+
+    def take(self, count: int) -> list[_Helper]:
+        """At most ``count`` helpers that nobody else has."""
+        taken: list[_Helper] = []
+        while len(taken) < count:
+            try:
+                taken.append(self.free.pop())
+            except IndexError:
+                with self.lock:
+                    if len(self.helpers) >= _num_threads - 1:
+                        break
+                    try:
+                        self.helpers.append(_Helper(self))
+                    except RuntimeError:  # no more threads can be started, or the interpreter is shutting down
+                        break
+                    taken.append(self.helpers[-1])
+        return taken
+
+    def close(self) -> None:
+        with self.lock:
+            self.free.clear()
+            helpers, self.helpers = self.helpers, [None] * len(self.helpers)  # none can be added any more
+        for helper in helpers:
+            helper.jobs.put(None)
+        for helper in helpers:
+            helper.thread.join(1)
+
+
+def _default_num_threads() -> int:
+    text = os.environ.get("FASTRNN_NUM_THREADS")
+    if text is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not text.strip().isdigit() or int(text) < 1:
+        raise ValueError(f"FASTRNN_NUM_THREADS: expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+_num_threads = _default_num_threads()
+_pool = _Pool()
+
+
+def _forked() -> None:
+    global _pool
+    _pool = _Pool()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+atexit.register(lambda: _pool.close())
+
+
+def set_num_threads(n: int) -> None:
+    """Let calls use up to ``n`` threads. The default is ``FASTRNN_NUM_THREADS``, or the CPUs this process may use.
+
+    >>> import fastrnn
+    >>> before = fastrnn.get_num_threads()
+    >>> fastrnn.set_num_threads(1)
+    >>> fastrnn.get_num_threads()
+    1
+    >>> fastrnn.set_num_threads(before)
+    """
+    global _num_threads
+    _num_threads = positive(n, "n")
+
+
+def get_num_threads() -> int:
+    """How many threads a call may use."""
+    return _num_threads
+
+
+def together(parties: int, call: Call) -> None:
+    """Make ``call(me, parties, barrier)`` once for every ``me``, at once, on up to ``parties`` threads.
+
+    Each call must end by meeting the others at the barrier, so that the first one's end is the end of all.
+    """
+    pool = _pool
+    helpers = pool.take(parties - 1) if parties > 1 else []
+    barrier = np.zeros(16, np.int64)  # two cache lines: nothing else is written beside it
+    if not helpers:
+        call(0, 1, barrier)
+        return
+    parties = 1 + len(helpers)
+    errors: list[BaseException] = []
+    try:
+        for me in range(1, parties):
+            helpers[-1].jobs.put((call, me, parties, barrier, errors))
+            helpers.pop()
+        call(0, parties, barrier)
+    except BaseException:
+        barrier[1] = 1  # the others must not wait for this one
+        pool.free.extend(helpers)
+        raise
+    if barrier[1]:
+        raise errors[0]
+
+
+Share = tuple[int, int, int, int, int, int]
+
+
+def parties_for(work: float, batch: int, hidden: int, dtype: np.dtype) -> int:
+    """How many threads a call of so many multiply-adds may use."""
+    if _num_threads == 1 or work < WORTH_A_THREAD:
+        return 1
+    most = max(batch // ROWS_OF_A_SHARE, -(-hidden // (VECS * LANES_OF[dtype])))
+    return min(_num_threads, most)
+
+
+def share_of(me: int, parties: int, batch: int, hidden: int, dtype: np.dtype) -> Share:
+    """Party ``me``'s share ``(b0, b1, u0, u1, me, parties)`` of the rows of a batch or of the vectors of units."""
+    units = -(-hidden // LANES_OF[dtype])
+    if batch // parties >= ROWS_OF_A_SHARE or parties == 1:
+        return me * batch // parties, (me + 1) * batch // parties, 0, units, me, parties
+    panels = -(-units // VECS)
+    first, last = me * panels // parties, (me + 1) * panels // parties
+    return 0, batch, min(units, first * VECS), min(units, last * VECS), me, parties
+
+
+def empty(shape: tuple[int, ...] | int, dtype: np.dtype) -> NDArray[Any]:
+    """An uninitialised array whose first element lies on a cache line, so that no vector of it straddles two."""
+    count = int(np.prod(shape))
+    memory = np.empty(count * dtype.itemsize + 64, np.uint8)
+    offset = -memory.ctypes.data % 64
+    return memory[offset : offset + count * dtype.itemsize].view(dtype).reshape(shape)

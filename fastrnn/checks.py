@@ -1,0 +1,86 @@
+"""Checks of arguments: every public function's errors say which argument, what was expected and what came."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+def describe(value: Any) -> str:
+    """A few words on what was given."""
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__} of {len(value)}"
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return repr(value)
+    return type(value).__name__
+
+
+def integer(value: Any, name: str, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name}: expected an int, got {describe(value)}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    return int(value)
+
+
+def positive(value: Any, name: str) -> int:
+    return integer(value, name, 1)
+
+
+def number(value: Any, name: str, least: float = -np.inf, most: float = np.inf) -> float:
+    """A finite number from ``least`` to ``most``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name}: expected a number, got {describe(value)}")
+    if not least <= value <= most or not np.isfinite(value):
+        raise ValueError(f"{name}: expected a number from {least} to {most}, got {value}")
+    return float(value)
+
+
+def probability(value: Any, name: str) -> float:
+    """A probability less than 1."""
+    value = number(value, name, 0, 1)
+    if value == 1:
+        raise ValueError(f"{name}: expected a probability less than 1, got 1")
+    return value
+
+
+def flag(value: Any, name: str) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: expected True or False, got {describe(value)}")
+    return bool(value)
+
+
+def float_dtype(value: Any) -> np.dtype:
+    try:
+        dtype = np.dtype(value)
+    except TypeError:
+        dtype = None
+    if value is None or dtype not in DTYPES:
+        raise TypeError(f"dtype: expected float32 or float64, got {value!r}")
+    return dtype
+
+
+def as_array(value: Any, name: str) -> NDArray[Any]:
+    """``value`` as an array, such as NumPy makes of it."""
+    try:
+        return np.asarray(value)
+    except Exception as error:
+        raise TypeError(f"{name}: expected an array in main memory, got {describe(value)}: {error}") from error
+
+
+def as_kernel_array(value: Any, name: str, dtype: np.dtype, shape: tuple[int | None, ...]) -> NDArray[Any]:
+    """``value`` as kernels read arrays (C-contiguous, aligned, of one Numba type), copied only if it has to be.
+
+    ``None`` in ``shape`` stands for any size of at least 1.
+    """
+    array = value if type(value) is np.ndarray else as_array(value, name)
+    if array.dtype != dtype:
+        raise TypeError(f"{name}: expected dtype {dtype}, got {array.dtype}")
+    fits = len(shape) == array.ndim
+    if not fits or any(n < 1 if m is None else n != m for n, m in zip(array.shape, shape, strict=True)):
+        expected = ", ".join("at least 1" if n is None else str(n) for n in shape)
+        raise ValueError(f"{name}: expected shape ({expected}), got {array.shape}")
+    # A read-only array would be another type to Numba, compiled for anew.
+    return array if array.flags.carray else np.array(array, order="C")

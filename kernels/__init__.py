@@ -1,0 +1,1 @@
+"""The Numba kernels: they know arrays, addresses and integers only."""
