@@ -168,9 +168,8 @@ def share_of(me: int, parties: int, batch: int, hidden: int, dtype: np.dtype) ->
     return 0, batch, min(units, first * VECS), min(units, last * VECS), me, parties
 
 
-def empty(shape: tuple[int, ...] | int, dtype: np.dtype) -> NDArray[Any]:
-    """An uninitialised array whose first element lies on a cache line, so that no vector of it straddles two."""
-    count = int(np.prod(shape))
-    memory = np.empty(count * dtype.itemsize + 64, np.uint8)
-    offset = -memory.ctypes.data % 64
-    return memory[offset : offset + count * dtype.itemsize].view(dtype).reshape(shape)
+def empty(count: int, dtype: np.dtype) -> NDArray[Any]:
+    """An uninitialised array whose first number lies on a cache line, so that no vector of it straddles two."""
+    memory = np.empty(count + 64 // dtype.itemsize, dtype)
+    offset = -memory.__array_interface__["data"][0] % 64 // dtype.itemsize
+    return memory[offset : offset + count]

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from . import batching
+from .checks import as_array, as_kernel_array, describe, flag, float_dtype, positive, probability
 from .kernels import lstm as lstm_kernels
 from .kernels.tile import LANES_OF, VECS
-from .checks import as_array, as_kernel_array, describe, flag, float_dtype, positive, probability
 from .parameters import Array, Module, Parameters
 
 Gradients = dict[str, Array]
@@ -264,19 +264,15 @@ class LSTM(Recurrent):
         T, B, I = x.shape
         H, dtype = self.hidden_size, self.dtype
         L = LANES_OF[dtype]
-        W, U = VECS * L, -(-H // L)
         packed = self.parameters.derived(("forward", k), lambda: self._pack_forward(k))
         chunk = steps_in_chunk(T, B, ROWS_FORWARD)
         y = np.empty((T, B, H), dtype)
-        gates = batching.empty(U * (T if save else chunk) * B * W, dtype)
-        c = batching.empty((T + 1 if save else 1) * U * B * L, dtype)
-        xs = batching.empty((-(-I // W) if save else 0, T * B, W), dtype)
-        hs = batching.empty((-(-H // W) if save else 0, (T + 1) * B, W), dtype)
+        buffer = batching.empty(lstm_kernels.layout.py_func(T, B, I, H, L, chunk, save)[-1], dtype)
         (h_0, c_0), (h_n, c_n) = before, after
 
         def call(me: int, parties: int, barrier: Array) -> None:
             share = batching.share_of(me, parties, B, H, dtype)
-            lstm_kernels.forward(x, h_0, c_0, packed, y, c_n, gates, c, xs, hs, chunk, share, barrier)
+            lstm_kernels.forward(x, h_0, c_0, packed, y, c_n, buffer, save, chunk, share, barrier)
 
         work = T * B * 4 * H * (I + H)
         batching.together(batching.parties_for(work, B, H, dtype), call)
@@ -292,16 +288,14 @@ class LSTM(Recurrent):
             back = steps_in_chunk(T, B, ROWS_BACKWARD)
             parties = batching.parties_for(2 * work, B, H, dtype)
             # Two buffers, so that one is filled while another thread still reads the other.
-            dgates = batching.empty((min(parties, 2), U * back * B * W), dtype)
-            if H % L:
-                dgates.fill(0)
-            dh, dc = batching.empty(-(-H // W) * B * W, dtype), batching.empty(U * B * L, dtype)
+            buffers = min(parties, 2)
+            space = batching.empty(lstm_kernels.work_layout.py_func(B, H, L, back, buffers)[-1], dtype)
 
             def call(me: int, parties: int, barrier: Array) -> None:
                 share = batching.share_of(me, parties, B, H, dtype)
                 lstm_kernels.backward(
-                    dy, dh_n, dc_n, packed_back, gates, c, xs, hs,
-                    dx, dh_0, dc_0, dw_ih, dw_hh, db, dgates, dh, dc, chunk, back, share, barrier,
+                    dy, dh_n, dc_n, packed_back, buffer, dx, dh_0, dc_0, dw_ih, dw_hh, db,
+                    space, buffers, chunk, back, share, barrier,
                 )  # fmt: skip
 
             batching.together(parties, call)

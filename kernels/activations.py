@@ -1,4 +1,4 @@
-"""sigmoid, tanh and exp of a tile: within 4 ulp everywhere, NaN-preserving, without a branch or a table.
+"""sigmoid, tanh and exp of a vector: within 4 ulp everywhere, NaN-preserving, without a branch or a table.
 
 All come from one reduction, ``z = n ln 2 + r`` with ``|r| <= ln 2 / 2``, and a polynomial for ``expm1(r)``. Every
 multiply-add is written out, so the bits do not depend on the code around a call.
@@ -16,12 +16,12 @@ from .tile import (
     horner,
     kernel,
     lanes,
+    load_part,
+    load_whole,
     low_bits_to_exponent,
     part,
-    tile_load,
-    tile_load_part,
-    tile_store,
-    tile_store_part,
+    store_part,
+    store_whole,
     where_negative,
 )
 
@@ -73,7 +73,7 @@ _CONSTANTS = {
 
 
 def _constants(x):
-    """The constants for a tile's dtype."""
+    """The constants for a vector's dtype."""
 
 
 @overload(_constants)
@@ -94,7 +94,7 @@ def _expm1_reduced(z, shift):
 
 @part
 def sigmoid(x):
-    """``1 / (1 + exp(-x))`` of a tile, relatively accurate down to the subnormal numbers."""
+    """``1 / (1 + exp(-x))`` of a vector, relatively accurate down to the subnormal numbers."""
     _, _, shifts, tiny, lowest, _ = _constants(x)
     expm1_r, shifted = _expm1_reduced(at_least(absolute(x) * -1.0, lowest), shifts[1])
     # 2**n may be subnormal: it is reached in two steps, of which only the last rounds.
@@ -105,7 +105,7 @@ def sigmoid(x):
 
 @part
 def tanh(x):
-    """``(1 - exp(-2|x|)) / (1 + exp(-2|x|))``, with the sign of ``x``, of a tile, relatively accurate near 0."""
+    """``(1 - exp(-2|x|)) / (1 + exp(-2|x|))``, with the sign of ``x``, of a vector, relatively accurate near 0."""
     _, _, shifts, _, _, _ = _constants(x)
     expm1_r, shifted = _expm1_reduced(at_least(absolute(x) * -2.0, -80.0), shifts[0])
     power = low_bits_to_exponent(shifted)
@@ -118,9 +118,9 @@ def _map(function, x, y):
     n, step = x.size, lanes(at(x, 0))
     whole = n - n % step
     for i in range(0, whole, step):
-        tile_store(function(tile_load(1, 1, at(x, i), 0)), at(y, i), 0)
+        store_whole(function(load_whole(at(x, i))), at(y, i))
     if whole < n:
-        tile_store_part(function(tile_load_part(1, 1, at(x, whole), 0, n - whole)), at(y, whole), 0, n - whole)
+        store_part(function(load_part(at(x, whole), n - whole)), at(y, whole), n - whole)
 
 
 @kernel

@@ -7,18 +7,7 @@ over ``k`` in ascending order, whatever the number of rows, so a row gives the s
 
 from collections import namedtuple
 
-from .tile import (
-    ROWS,
-    VECS,
-    at,
-    lanes,
-    part,
-    tile_fma,
-    tile_load,
-    tile_load_part,
-    tile_store,
-    tile_store_part,
-)
+from .tile import ROWS, VECS, at, lanes, load_part, load_whole, part, store_part, store_whole, tile_product, width
 
 # Column j of row i of panel p lies at address + p * panel + i * row + j.
 # A row-major matrix is Panels(address, W, row length); one row for all is Panels(address, W, 0).
@@ -30,54 +19,24 @@ Left = namedtuple("Left", "address row k blocks block")
 
 
 @part
-def width(address):
-    """Columns of a panel."""
-    return VECS * lanes(address)
-
-
-@part
 def panels(columns, address):
     """How many panels hold so many columns."""
     return (columns + width(address) - 1) // width(address)
 
 
 @part
-def _tile_product(rows, n, start, start_row, target, target_row, left, packed, K):
-    """target (rows, n) = start + left @ packed, one tile. ``rows`` is a literal."""
-    W = width(target)
-    t = tile_load(rows, VECS, start, start_row) if n == W else tile_load_part(rows, VECS, start, start_row, n)
-    for q in range(left.blocks):
-        a = at(left.address, q * left.block)
-        p = at(packed, q * K * W)
-        for k in range(K):
-            t = tile_fma(t, at(a, k * left.k), left.row, at(p, k * W))
-    if n == W:
-        tile_store(t, target, target_row)
-    else:
-        tile_store_part(t, target, target_row, n)
+def load(address, n):
+    """A vector of the first ``n`` numbers at ``address``, which may be more than it holds; 0 past them."""
+    return load_whole(address) if n >= lanes(address) else load_part(address, n)
 
 
 @part
-def _four_panels(start, target, left, packed, K):
-    """One row of four panels: four streams of weights keep the CPU's loads busy where a row waits for its weights."""
-    W = width(packed.address)
-    s, c, stride = start.panel, target.panel, packed.panel
-    t0 = tile_load(1, VECS, start.address, 0)
-    t1 = tile_load(1, VECS, at(start.address, s), 0)
-    t2 = tile_load(1, VECS, at(start.address, 2 * s), 0)
-    t3 = tile_load(1, VECS, at(start.address, 3 * s), 0)
-    for q in range(left.blocks):
-        for r in range(K):
-            a = at(left.address, q * left.block + r * left.k)
-            p = at(packed.address, (q * K + r) * W)
-            t0 = tile_fma(t0, a, 0, p)
-            t1 = tile_fma(t1, a, 0, at(p, stride))
-            t2 = tile_fma(t2, a, 0, at(p, 2 * stride))
-            t3 = tile_fma(t3, a, 0, at(p, 3 * stride))
-    tile_store(t0, target.address, 0)
-    tile_store(t1, at(target.address, c), 0)
-    tile_store(t2, at(target.address, 2 * c), 0)
-    tile_store(t3, at(target.address, 3 * c), 0)
+def store(vector, address, n):
+    """Write the first ``n`` numbers of a vector; n may be more than it holds."""
+    if n >= lanes(address):
+        store_whole(vector, address)
+    else:
+        store_part(vector, address, n)
 
 
 @part(inline=False)
@@ -88,46 +47,38 @@ def product(first, last, N, M, start, target, left, packed, K):
     left: `Left`, M rows of ``left.blocks * K`` numbers.
     packed: `Panels` of as many rows, one after another.
     """
-    W = width(packed.address)
+    W, L = width(packed.address), lanes(packed.address)
     p = first
     while p < last:
-        s, c = at(start.address, p * start.panel), at(target.address, p * target.panel)
-        weights = at(packed.address, p * packed.panel)
-        if M == 1 and p + 4 <= last and (p + 4) * W <= N:
-            weights = Panels(weights, packed.panel, W)
-            _four_panels(Panels(s, start.panel, 0), Panels(c, target.panel, 0), left, weights, K)
-            p += 4
-            continue
-        n = min(W, N - p * W)
+        s, s_row = at(start.address, p * start.panel), start.row
+        c, c_row = at(target.address, p * target.panel), target.row
+        # One row waits for its weights: with four panels at once, four streams of them are under way.
+        four = M == 1 and p + 4 <= last and (p + 4) * W <= N
+        if four:
+            n, vecs, s_row, c_row = 4 * W, 4 * VECS, start.panel, target.panel
+        else:
+            n = min(W, N - p * W)
+            vecs = VECS if n > 2 * L else 2 if n > L else 1
         i = 0
         for tiles in range((M + ROWS - 1) // ROWS, 0, -1):
             # Tiles of nearly the same height: full ones and a thin rest would leave the rest slow.
             rows = (M - i + tiles - 1) // tiles
-            si, ci = at(s, i * start.row), at(c, i * target.row)
             a = Left(at(left.address, i * left.row), left.row, left.k, left.blocks, left.block)
-            if ROWS >= 6 and rows == 6:
-                _tile_product(6, n, si, start.row, ci, target.row, a, weights, K)
-            elif ROWS >= 5 and rows == 5:
-                _tile_product(5, n, si, start.row, ci, target.row, a, weights, K)
-            elif ROWS >= 4 and rows == 4:
-                _tile_product(4, n, si, start.row, ci, target.row, a, weights, K)
-            elif ROWS >= 3 and rows == 3:
-                _tile_product(3, n, si, start.row, ci, target.row, a, weights, K)
-            elif rows == 2:
-                _tile_product(2, n, si, start.row, ci, target.row, a, weights, K)
-            else:
-                _tile_product(1, n, si, start.row, ci, target.row, a, weights, K)
+            weights = at(packed.address, p * packed.panel)
+            tile_product(
+                rows, vecs, n, at(s, i * s_row), s_row, at(c, i * c_row), c_row, a, weights, packed.panel, K
+            )  # fmt: skip
             i += rows
-        p += 1
+        p += 4 if four else 1
 
 
 @part
 def copy_row(source, target, n):
     """target (W) = source (n), and 0 past it."""
-    if n == width(target):
-        tile_store(tile_load(1, VECS, source, 0), target, 0)
-    else:
-        tile_store(tile_load_part(1, VECS, source, 0, n), target, 0)
+    L = lanes(source)
+    for j in range(0, width(source), L):
+        # Past the end nothing is read: the address only has to be one.
+        store_whole(load(at(source, min(j, n)), max(n - j, 0)), at(target, j))
 
 
 @part(inline=False)

@@ -4,20 +4,20 @@
     c = f * c' + i * g
     h = o * tanh(c)
 
-Buffers. ``L`` is the number of units in a vector, ``U = ceil(H / L)``, ``W = 4 L`` the width of a panel, which holds
-the gates i, f, g, o of L units side by side. ``PI`` and ``PH`` are the panels of I and H columns. All are C-contiguous
-arrays of one dtype that belong to the caller; nothing is allocated here.
+Buffers are C-contiguous arrays of one dtype; all belong to the caller, and nothing is allocated here. ``L`` is the
+number of units in a vector, ``U = ceil(H / L)``, ``W = 4 L`` the width of a panel, which holds the gates i, f, g, o
+of L units side by side; ``PI`` and ``PH`` are the panels of I and H columns.
 
-    x (T, B, I), y (T, B, H)            the sequence in and out, time first
-    h_0, c_0, h_n, c_n (B, H)           states
-    packed (W U (1 + I + H))            bias, W_ih, W_hh, as `pack_forward` makes it
-    gates (U chunk B W), or (U T B W)   gates of one chunk of time steps; of all of them to save them for `backward`
-    c (U B L), or (T + 1, U, B, L)      cell states: the running one, or all, the first one before the sequence
-    xs (PI, T B, W)                     x in panels, saved for `backward`; empty to save nothing
-    hs (PH, (T + 1) B, W)               h in panels, the first one before the sequence, saved; empty to save nothing
+    x (T, B, I), y (T, B, H)      the sequence in and out, time first
+    h_0, c_0, h_n, c_n (B, H)     states
+    packed (U W (1 + I + H))      bias, W_ih, W_hh, as `pack_forward` makes it
+    buffer                        workspace, or what `forward` saves for `backward`: the four parts below (`layout`)
+      gates (U T B W)             chunk after chunk of time steps, each in panels (U, chunk B, W); or one chunk of them
+      c (T + 1, U, B, L)          cell states, the first one before the sequence; or only the running one
+      xs (PI, T B, W)             x in panels; or nothing
+      hs (PH, (T + 1) B, W)       h in panels, the first one before the sequence; or nothing
 
-The input's share of the gates needs no recurrence: it is computed for a chunk of time steps at once, which makes
-tall products, into ``gates``; a chunk's gates lie in panels (U, chunk * B, W), chunk after chunk.
+The input's share of the gates needs no recurrence: it is computed for a chunk of time steps at once, in tall tiles.
 
 Threads. ``share = (b0, b1, u0, u1, me, parties)`` is what a call does: rows b0 to b1 of the batch and units u0 L to
 u1 L, as number ``me`` of ``parties`` calls that run at once and meet at ``barrier`` (`tile.meet`). Shares cut either
@@ -25,8 +25,8 @@ the batch or the units (at multiples of W), not both. The bits do not depend on 
 """
 
 from .activations import sigmoid, tanh
-from .gemm import Left, Panels, pack, pack_rows, pack_transposed, panels, product, width
-from .tile import VECS, at, kernel, lanes, meet, part, tile_load, tile_load_part, tile_store, tile_store_part
+from .gemm import Left, Panels, load, pack, pack_rows, pack_transposed, panels, product, store
+from .tile import VECS, at, kernel, lanes, meet, part, width
 
 GATES = 4
 
@@ -50,21 +50,6 @@ def cell_backward(i, f, g, o, c_before, c, dh, dc):
     da_g = dc * i * (1.0 - g * g)
     da_o = dh * tanh_c * o * (1.0 - o)
     return da_i, da_f, da_g, da_o, dc * f
-
-
-@part
-def load(address, n):
-    """A vector of n numbers, 0 past them; n may exceed the vector."""
-    return tile_load(1, 1, address, 0) if n >= lanes(address) else tile_load_part(1, 1, address, 0, n)
-
-
-@part
-def store(vector, address, n):
-    """Write the first n numbers of a vector; n may exceed the vector."""
-    if n >= lanes(address):
-        tile_store(vector, address, 0)
-    else:
-        tile_store_part(vector, address, 0, n)
 
 
 @part
@@ -112,25 +97,38 @@ def pack_backward(w_ih, w_hh, out):
     pack_transposed(at(w_ih, 0), GATES, H, I, at(out, W + U * W * W * panels(H, at(out, 0))))
 
 
+@part
+def layout(T, B, I, H, L, chunk, save):
+    """Where gates, c, xs and hs begin in the buffer, and its size."""
+    W, U = VECS * L, (H + L - 1) // L
+    c = U * (T if save else chunk) * B * W
+    xs = c + (T + 1 if save else 1) * U * B * L
+    hs = xs + (-(-I // W) * T * B * W if save else 0)
+    return 0, c, xs, hs, hs + (-(-H // W) * (T + 1) * B * W if save else 0)
+
+
 @kernel
-def forward(x, h_0, c_0, packed, y, c_n, gates, c, xs, hs, chunk, share, barrier):
-    """``y, c_n``: the LSTM over a sequence. y, c_n, gates, c, xs and hs are written; h_n is the last step of y."""
+def forward(x, h_0, c_0, packed, y, c_n, buffer, save, chunk, share, barrier):
+    """``y, c_n``: the LSTM over a sequence, saving for `backward` if ``save``. h_n is the last step of y.
+
+    y, c_n and buffer (`layout`) are written.
+    """
     T, B, I = x.shape
     H = h_0.shape[1]
     b0, b1, u0, u1, me, parties = share
-    W = width(at(x, 0))
-    L = W // GATES
+    W, L = width(at(x, 0)), lanes(at(x, 0))
     U = (H + L - 1) // L
-    save = hs.size > 0
     bias = Panels(at(packed, 0), W, 0)
     w_ih, w_hh = Panels(at(packed, U * W), I * W, W), Panels(at(packed, U * W * (1 + I)), H * W, W)
+    at_gates, at_c, at_xs, at_hs, _ = layout(T, B, I, H, L, chunk, save)
+    gates, c, xs, hs = at(buffer, at_gates), at(buffer, at_c), at(buffer, at_xs), at(buffer, at_hs)
     c_step = U * B * L if save else 0
 
     if save:
         r0, r1 = me * T * B // parties, (me + 1) * T * B // parties
         pack_rows(r1 - r0, I, at(x, r0 * I), Panels(at(xs, r0 * W), T * B * W, W))
         if me == 0:
-            pack_rows(B, H, at(h_0, 0), Panels(at(hs, 0), (T + 1) * B * W, W))
+            pack_rows(B, H, at(h_0, 0), Panels(hs, (T + 1) * B * W, W))
     for u in range(u0, u1):
         for b in range(b0, b1):
             store(load(at(c_0, b * H + u * L), H - u * L), at(c, (u * B + b) * L), L)
@@ -139,15 +137,13 @@ def forward(x, h_0, c_0, packed, y, c_n, gates, c, xs, hs, chunk, share, barrier
         n = min(chunk, T - first)
         chunk_gates = at(gates, first * B * U * W if save else 0)
         slab = n * B * W
-        if b1 - b0 == B:
-            target = Panels(chunk_gates, slab, W)
-            product(u0, u1, U * W, n * B, bias, target, Left(at(x, first * B * I), I, 1, 1, 0), w_ih, I)
-        else:
-            for u in range(u0, u1):
-                for s in range(n):
-                    target = Panels(at(chunk_gates, (s * B + b0) * W), slab, W)
-                    left = Left(at(x, ((first + s) * B + b0) * I), I, 1, 1, 0)
-                    product(u, u + 1, U * W, b1 - b0, bias, target, left, w_ih, I)
+        # All rows of the chunk at once, or step by step if other parties have some of the batch.
+        steps, rows = (1, n * B) if b1 - b0 == B else (n, b1 - b0)
+        for u in range(u0, u1):
+            for s in range(steps):
+                target = Panels(at(chunk_gates, (s * B + b0) * W), slab, W)
+                left = Left(at(x, ((first + s) * B + b0) * I), I, 1, 1, 0)
+                product(u, u + 1, U * W, rows, bias, target, left, w_ih, I)
 
         for s in range(n):
             t = first + s
@@ -217,43 +213,38 @@ def _bias_gradient(d, slab, rows, H, db, fresh, me, parties):
         store(o, at_o, n)
 
 
+@part
+def work_layout(B, H, L, back, buffers):
+    """Where dgates, dh and dc begin in `backward`'s workspace, and its size."""
+    W, U = VECS * L, (H + L - 1) // L
+    dh = buffers * U * back * B * W
+    dc = dh + -(-H // W) * B * W
+    return 0, dh, dc, dc + U * B * L
+
+
 @kernel
 def backward(
-    dy,
-    dh_n,
-    dc_n,
-    packed,
-    gates,
-    c,
-    xs,
-    hs,
-    dx,
-    dh_0,
-    dc_0,
-    dw_ih,
-    dw_hh,
-    db,
-    dgates,
-    dh,
-    dc,
-    chunk,
-    back,
-    share,
-    barrier,
+    dy, dh_n, dc_n, packed, buffer, dx, dh_0, dc_0, dw_ih, dw_hh, db, work, buffers, chunk, back, share, barrier
 ):
-    """BPTT. What `forward` saved is read, and may be read again.
+    """Backpropagation through time. ``buffer``, as `forward` saved it, is read, and may be read again.
 
-    dy (T, B, H); dh_n, dc_n (B, H); packed: from `pack_backward`; gates, c, xs, hs, chunk: as `forward` left them.
-    Written: dx (T, B, I), dh_0, dc_0 (B, H), dw_ih (4 H, I), dw_hh (4 H, H), db (4 H); and the workspaces
-    dgates (1 or, for several parties, 2; U back B W), 0 at first if L does not divide H; dh (PH, B, W), dc (U, B, L).
-    The derivatives by the gates of ``back`` time steps stay in cache while the weights' gradients take them up.
+    dy (T, B, H); dh_n, dc_n (B, H): gradients by the outputs; packed: from `pack_backward`; chunk: as in `forward`.
+    Written: dx (T, B, I); dh_0, dc_0 (B, H); dw_ih (4 H, I), dw_hh (4 H, H), db (4 H); and ``work`` (`work_layout`):
+    dgates (U, back B, W), once or, for several parties, twice (``buffers``), dh (PH, B, W) and dc (U, B, L).
+
+    Walking back, the gates' derivatives of ``back`` steps stay in cache while dx and the weights' gradients take
+    them up.
     """
     T, B, H = dy.shape
     I = dx.shape[2]
     b0, b1, u0, u1, me, parties = share
-    W = width(at(dy, 0))
-    L = W // GATES
+    W, L = width(at(dy, 0)), lanes(at(dy, 0))
     U, PH, PI = (H + L - 1) // L, panels(H, at(dy, 0)), panels(I, at(dy, 0))
+    at_gates, at_c, at_xs, at_hs, _ = layout(T, B, I, H, L, chunk, True)
+    gates, c, xs, hs = at(buffer, at_gates), at(buffer, at_c), at(buffer, at_xs), at(buffer, at_hs)
+    at_dgates, at_dh, at_dc, _ = work_layout(B, H, L, back, buffers)
+    dgates, dh, dc = at(work, at_dgates), at(work, at_dh), at(work, at_dc)
+    slab = back * B * W
     nothing = Panels(at(packed, 0), 0, 0)
     w_hh, w_ih = Panels(at(packed, W), U * W * W, W), Panels(at(packed, W + PH * U * W * W), U * W * W, W)
     p0, p1 = u0 // VECS, (u1 + VECS - 1) // VECS
@@ -261,16 +252,20 @@ def backward(
     for u in range(u0, u1):
         for b in range(b0, b1):
             store(load(at(dc_n, b * H + u * L), H - u * L), at(dc, (u * B + b) * L), L)
-    for p in range(p0, p1):
-        pack_rows(b1 - b0, H, at(dh_n, b0 * H), Panels(at(dh, b0 * W), B * W, W))
+            store(load(at(dh_n, b * H + u * L), H - u * L), at(dh, (u // VECS * B + b) * W + u % VECS * L), L)
 
-    slab = back * B * W
+    if H % L > 0 and u1 == U:
+        # Lanes past the last unit are never written below, but products read them.
+        for i in range(buffers * back):
+            for j in range(W * b0, W * b1):
+                at(dgates, i // back * U * slab + (U - 1) * slab + i % back * B * W)[j] = 0
+
     flip = 0
     last = T
     while last > 0:
         first = max(0, last - back)
         n = last - first
-        d = at(dgates, flip * dgates.shape[1])
+        d = at(dgates, flip * U * slab)
         for t in range(last - 1, first - 1, -1):
             before = t // chunk * chunk
             steps = min(chunk, T - before)
@@ -316,7 +311,7 @@ def backward(
         _weight_gradient(d, slab, rows, H, H, source, at(dw_hh, 0), nothing, fresh, me, parties)
         _bias_gradient(d, slab, rows, H, at(db, 0), fresh, me, parties)
         last = first
-        flip = (flip + 1) % dgates.shape[0]
+        flip = (flip + 1) % buffers
 
     for u in range(u0, u1):
         for b in range(b0, b1):
@@ -331,8 +326,7 @@ def step(x, h, c, packed, gates):
     """One step for a batch. x (B, I); h, c (B, H): replaced by the new ones; gates (U B W): workspace."""
     B, I = x.shape
     H = h.shape[1]
-    W = width(at(x, 0))
-    L = W // GATES
+    W, L = width(at(x, 0)), lanes(at(x, 0))
     U = (H + L - 1) // L
     bias = Panels(at(packed, 0), W, 0)
     w_ih, w_hh = Panels(at(packed, U * W), I * W, W), Panels(at(packed, U * W * (1 + I)), H * W, W)

@@ -1,17 +1,17 @@
-"""The register tile: a block of SIMD vectors that LLVM keeps in registers. The only file that knows LLVM.
+"""Vectors and the register tile: the only file that knows LLVM.
 
 It gives Numba
 
-- the type ``Tile(dtype, rows, vecs)``: ``rows`` rows of ``vecs`` vectors, each of `LANES[dtype]` numbers. The sizes
-  are part of the type, so every loop over them is unrolled and a tile lives in registers. A tile of one row and one
-  vector is simply a vector;
-- `tile_load`, `tile_fma` and `tile_store`, and arithmetic on tiles (``+ - * /``, `fma`, `absolute`, ...), which never
-  reorders anything: the same tile gives the same bits wherever the code around it was compiled;
+- a type, ``Vector``, of as many numbers as a register holds (`LANES`), with loads and stores, whole or in part, and
+  arithmetic (``+ - * /``, `fma`, `absolute`, ...) that never reorders anything: the same equation gives the same bits
+  wherever the code around it was compiled;
+- `tile_product`, a block of up to `ROWS` rows by `VECS` vectors of a matrix product, whose sums stay in registers: the
+  multiply-add units' peak is reached here or nowhere;
 - `at`, an element's address: inner functions take addresses and strides, a register each, where an array takes seven;
-- the barrier at which threads meet, and `kernel`, the one decorator that owns every compile option.
+- the barrier at which threads meet, and `kernel` and `part`, the decorators that own every compile option.
 
 The tile's shape comes from the CPU that Numba compiles for (``NUMBA_CPU_NAME``, ``NUMBA_CPU_FEATURES``): three
-quarters of the vector registers accumulate, the rest hold a row of the packed matrix and a broadcast number.
+quarters of the vector registers hold sums, the rest a row of the right factor and a broadcast number of the left.
 """
 
 import hashlib
@@ -92,41 +92,33 @@ VECS = 4
 ROWS = 6 if REGISTERS == 32 else 3 if FUSED else 2
 
 
-class Tile(types.Type):
-    def __init__(self, dtype, rows, vecs):
-        self.dtype, self.rows, self.vecs, self.lanes = dtype, rows, vecs, LANES[dtype]
-        super().__init__(name=f"Tile({dtype}, {rows}, {vecs})")
+class Vector(types.Type):
+    def __init__(self, dtype):
+        self.dtype, self.lanes = dtype, LANES[dtype]
+        super().__init__(name=f"Vector({dtype})")
 
 
-@register_model(Tile)
-class _TileModel(models.PrimitiveModel):
-    def __init__(self, manager, tile):
-        vector = ir.VectorType(manager.lookup(tile.dtype).get_value_type(), tile.lanes)
-        super().__init__(manager, tile, ir.ArrayType(vector, tile.rows * tile.vecs))
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager, kind):
+        super().__init__(manager, kind, _vector(manager.lookup(kind.dtype).get_value_type()))
 
 
-# What the code generators below are made of. A tile's value is an array of vectors, row after row.
+# What the code generators below are made of.
 
 
-def _vector(context, tile):
-    return ir.VectorType(context.get_value_type(tile.dtype), tile.lanes)
+def _bits(element):
+    return 32 if isinstance(element, ir.FloatType) else 64
 
 
-def _splat(builder, scalar, lanes):
-    undefined = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
+def _vector(element):
+    return ir.VectorType(element, VECTOR_BYTES * 8 // _bits(element))
+
+
+def _splat(builder, scalar, count):
+    undefined = ir.Constant(ir.VectorType(scalar.type, count), ir.Undefined)
     first = builder.insert_element(undefined, scalar, I32(0))
-    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
-
-
-def _gather(builder, vectors):
-    value = ir.Constant(ir.ArrayType(vectors[0].type, len(vectors)), ir.Undefined)
-    for i, vector in enumerate(vectors):
-        value = builder.insert_value(value, vector, i)
-    return value
-
-
-def _spread(builder, value):
-    return [builder.extract_value(value, i) for i in range(value.type.count)]
+    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, count), [0] * count))
 
 
 def _call(builder, name, result, *args):
@@ -134,44 +126,44 @@ def _call(builder, name, result, *args):
     return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), args)
 
 
-def _bits(vector):
-    return 32 if isinstance(vector.element, ir.FloatType) else 64
-
-
 def _call_vector(builder, name, *vectors):
     vector = vectors[0].type
-    return _call(builder, f"llvm.{name}.v{vector.count}f{_bits(vector)}", vector, *vectors)
+    return _call(builder, f"llvm.{name}.v{vector.count}f{_bits(vector.element)}", vector, *vectors)
 
 
 def _fma(builder, x, y, z):
     return _call_vector(builder, "fma", x, y, z) if FUSED else builder.fadd(builder.fmul(x, y), z)
 
 
-def _addresses(builder, tile, vector, pointer, ld):
-    """The address of each vector of a tile that lies in memory with ``ld`` numbers from row to row."""
-    for i in range(tile.rows):
-        row = builder.gep(pointer, [builder.mul(ld, I64(i))])
-        for j in range(tile.vecs):
-            yield builder.bitcast(builder.gep(row, [I64(j * tile.lanes)]), vector.as_pointer())
-
-
-def _load(builder, address):
-    value = builder.load(address)
-    value.align = _bits(address.type.pointee) // 8
+def _load(builder, pointer):
+    vector = _vector(pointer.type.pointee)
+    value = builder.load(builder.bitcast(pointer, vector.as_pointer()))
+    value.align = _bits(vector.element) // 8
     return value
 
 
-def _mask(builder, tile, i, n):
-    """Which lanes of a tile's vector ``i`` lie before column ``n``."""
-    first = i % tile.vecs * tile.lanes
-    columns = ir.Constant(ir.VectorType(I64, tile.lanes), list(range(first, first + tile.lanes)))
-    return builder.icmp_signed("<", columns, _splat(builder, n, tile.lanes))
+def _store(builder, value, pointer):
+    builder.store(value, builder.bitcast(pointer, value.type.as_pointer())).align = _bits(value.type.element) // 8
 
 
-def _sized(rows, vecs, pointer):
-    if isinstance(rows, types.IntegerLiteral) and isinstance(vecs, types.IntegerLiteral):
-        return Tile(pointer.dtype, rows.literal_value, vecs.literal_value)
-    return None
+def _mask(builder, vector, n):
+    """The first ``n`` lanes."""
+    lane = ir.Constant(ir.VectorType(I64, vector.count), list(range(vector.count)))
+    return builder.icmp_signed("<", lane, _splat(builder, n, vector.count))
+
+
+def _load_part(builder, pointer, n):
+    vector = _vector(pointer.type.pointee)
+    address = builder.bitcast(pointer, vector.as_pointer())
+    name, align = f"llvm.masked.load.v{vector.count}f{_bits(vector.element)}.p0", I32(_bits(vector.element) // 8)
+    return _call(builder, name, vector, address, align, _mask(builder, vector, n), ir.Constant(vector, None))
+
+
+def _store_part(builder, value, pointer, n):
+    vector = value.type
+    address = builder.bitcast(pointer, vector.as_pointer())
+    name, align = f"llvm.masked.store.v{vector.count}f{_bits(vector.element)}.p0", I32(_bits(vector.element) // 8)
+    _call(builder, name, ir.VoidType(), value, address, align, _mask(builder, vector, n))
 
 
 # Addresses and memory.
@@ -191,127 +183,162 @@ def at(typing, base, offset):
 
 
 @intrinsic
-def lanes(typing, pointer):
-    """How many numbers of the pointer's type a vector holds."""
-
-    def codegen(context, builder, signature, args):
-        return I64(LANES[pointer.dtype])
-
-    return types.int64(pointer), codegen
+def lanes(typing, address):
+    """How many numbers of the address's type a vector holds."""
+    return types.int64(address), lambda context, builder, signature, args: I64(LANES[address.dtype])
 
 
 @intrinsic
-def tile_load(typing, rows, vecs, pointer, ld):
-    """The ``rows x vecs`` tile at ``pointer``, ``ld`` numbers from row to row (0: the same row for all)."""
-    tile = _sized(rows, vecs, pointer)
-    if tile is None:
-        return None
-
-    def codegen(context, builder, signature, args):
-        _, _, pointer, ld = args
-        addresses = _addresses(builder, tile, _vector(context, tile), pointer, ld)
-        return _gather(builder, [_load(builder, address) for address in addresses])
-
-    return tile(rows, vecs, pointer, types.int64), codegen
+def width(typing, address):
+    """How many numbers of the address's type a tile is wide."""
+    return types.int64(address), lambda context, builder, signature, args: I64(VECS * LANES[address.dtype])
 
 
 @intrinsic
-def tile_load_part(typing, rows, vecs, pointer, ld, n):
-    """As `tile_load`, but of ``n`` columns: what lies past them is not read, and is 0."""
-    tile = _sized(rows, vecs, pointer)
-    if tile is None:
-        return None
-
-    def codegen(context, builder, signature, args):
-        _, _, pointer, ld, n = args
-        vector = _vector(context, tile)
-        name = f"llvm.masked.load.v{tile.lanes}f{_bits(vector)}.p0"
-        align, zero = I32(_bits(vector) // 8), ir.Constant(vector, None)
-        vectors = [
-            _call(builder, name, vector, address, align, _mask(builder, tile, i, n), zero)
-            for i, address in enumerate(_addresses(builder, tile, vector, pointer, ld))
-        ]
-        return _gather(builder, vectors)
-
-    return tile(rows, vecs, pointer, types.int64, types.int64), codegen
+def load_whole(typing, address):
+    """The vector at ``address``, which need not be aligned."""
+    return Vector(address.dtype)(address), lambda context, builder, signature, args: _load(builder, *args)
 
 
 @intrinsic
-def tile_store(typing, tile, pointer, ld):
-    """Write a tile to ``pointer``, ``ld`` numbers from row to row."""
+def load_part(typing, address, n):
+    """The first ``n`` numbers of the vector at ``address``: those past them are not read, and are 0."""
 
     def codegen(context, builder, signature, args):
-        value, pointer, ld = args
-        vector = _vector(context, tile)
-        for v, address in zip(_spread(builder, value), _addresses(builder, tile, vector, pointer, ld)):
-            builder.store(v, address).align = _bits(vector) // 8
+        return _load_part(builder, *args)
+
+    return Vector(address.dtype)(address, types.int64), codegen
+
+
+@intrinsic
+def store_whole(typing, vector, address):
+    def codegen(context, builder, signature, args):
+        _store(builder, *args)
         return context.get_dummy_value()
 
-    return types.void(tile, pointer, types.int64), codegen
+    return types.void(vector, address), codegen
 
 
 @intrinsic
-def tile_store_part(typing, tile, pointer, ld, n):
-    """As `tile_store`, but of ``n`` columns: what lies past them in memory stays as it is."""
+def store_part(typing, vector, address, n):
+    """Write the first ``n`` numbers of a vector; memory past them stays as it is."""
 
     def codegen(context, builder, signature, args):
-        value, pointer, ld, n = args
-        vector = _vector(context, tile)
-        name, align = f"llvm.masked.store.v{tile.lanes}f{_bits(vector)}.p0", I32(_bits(vector) // 8)
-        for i, address in enumerate(_addresses(builder, tile, vector, pointer, ld)):
-            mask = _mask(builder, tile, i, n)
-            _call(builder, name, ir.VoidType(), builder.extract_value(value, i), address, align, mask)
+        _store_part(builder, *args)
         return context.get_dummy_value()
 
-    return types.void(tile, pointer, types.int64, types.int64), codegen
+    return types.void(vector, address, types.int64), codegen
 
 
 @intrinsic
-def tile_fma(typing, tile, a, ra, p):
-    """``tile[i, :] + a[i * ra] * p[:]`` for every row ``i``: the step over ``k`` of a matrix product."""
+def tile_product(typing, rows, vecs, n, start, start_row, target, target_row, left, packed, packed_panel, K):
+    """``target = start + left @ packed``, one tile of ``rows`` rows and ``n`` columns, in ``vecs`` vectors a row.
+
+    start, target: addresses of matrices with ``*_row`` numbers from row to row (0: one row for all).
+    left: ``Left(address, row, k, blocks, block)`` as `gemm` describes it.
+    packed: address of a panel of ``left.blocks * K`` rows, a tile wide.
+    rows: at most `ROWS`. vecs: 1, 2 or `VECS`, enough for n; or, for one row, four whole panels at once, which lie
+    ``packed_panel`` numbers apart, and so do start's and target's, ``*_row`` numbers apart.
+
+    A number of the product is one chain of multiply-adds, over k in ascending order.
+    """
+    shapes = [(r, v) for r in range(1, ROWS + 1) for v in sorted({1, 2, VECS})] + [(1, 4 * VECS)]
+
+    def generate(builder, r, v, sums, args):
+        n, start, start_row, target, target_row, (a, a_row, a_k, blocks, a_block), p, p_panel, K = args
+        lanes = LANES[packed.dtype]
+        panels = max(1, v // VECS)
+        places = [(i, j) for i in range(r) for j in range(v)]
+
+        def place(base, row, i, j):
+            step = builder.mul(row, I64(i if panels == 1 else j // VECS))
+            return builder.gep(builder.gep(base, [step]), [I64(j % VECS * lanes)])
+
+        def each(whole, part):
+            """Do ``whole(sum, place)``, or ``part(sum, place, columns)`` where the tile is cut by the matrix's edge."""
+            if v < VECS:
+                for s, (i, j) in zip(sums, places):
+                    part(s, (i, j), builder.sub(n, I64(j * lanes)))
+                return
+            with builder.if_else(builder.icmp_signed(">=", n, I64(v * lanes))) as (then, otherwise):
+                with then:
+                    for s, (i, j) in zip(sums, places):
+                        whole(s, (i, j))
+                with otherwise:
+                    for s, (i, j) in zip(sums, places):
+                        part(s, (i, j), builder.sub(n, I64(j * lanes)))
+
+        def first(i, j):
+            return place(start, start_row, i, j)
+
+        def last(i, j):
+            return place(target, target_row, i, j)
+
+        each(
+            lambda s, at: builder.store(_load(builder, first(*at)), s),
+            lambda s, at, n: builder.store(_load_part(builder, first(*at), n), s),
+        )
+        with cgutils.for_range(builder, blocks) as q, cgutils.for_range(builder, K) as k:
+            row = builder.mul(builder.add(builder.mul(q.index, K), k.index), I64(VECS * lanes))
+            right = builder.gep(p, [row])
+            right = [_load(builder, place(right, p_panel, 0, j)) for j in range(v)]
+            column = builder.add(builder.mul(q.index, a_block), builder.mul(k.index, a_k))
+            column = builder.gep(a, [column])
+            for i in range(r):
+                number = builder.load(builder.gep(column, [builder.mul(a_row, I64(i))]))
+                number = _splat(builder, number, lanes)
+                for j in range(v):
+                    s = sums[i * v + j]
+                    builder.store(_fma(builder, number, right[j], builder.load(s)), s)
+        each(
+            lambda s, at: _store(builder, builder.load(s), last(*at)),
+            lambda s, at, n: _store_part(builder, builder.load(s), last(*at), n),
+        )
 
     def codegen(context, builder, signature, args):
-        value, a, ra, p = args
-        one_row = Tile(tile.dtype, 1, tile.vecs)
-        row = [_load(builder, address) for address in _addresses(builder, one_row, _vector(context, tile), p, I64(0))]
-        sums = _spread(builder, value)
-        for i in range(tile.rows):
-            number = builder.load(builder.gep(a, [builder.mul(ra, I64(i))]))
-            number = _splat(builder, number, tile.lanes)
-            for j in range(tile.vecs):
-                n = i * tile.vecs + j
-                sums[n] = _fma(builder, number, row[j], sums[n])
-        return _gather(builder, sums)
+        rows, vecs, *rest = args
+        rest[5] = [builder.extract_value(rest[5], i) for i in range(5)]
+        vector = _vector(rest[1].type.pointee)
+        done = builder.append_basic_block("done")
+        switch = builder.switch(builder.add(builder.mul(rows, I64(64)), vecs), done)
+        for r, v in shapes:
+            block = builder.append_basic_block(f"tile.{r}.{v}")
+            switch.add_case(I64(r * 64 + v), block)
+            builder.position_at_end(block)
+            generate(builder, r, v, [cgutils.alloca_once(builder, vector) for _ in range(r * v)], rest)
+            builder.branch(done)
+        builder.position_at_end(done)
+        return context.get_dummy_value()
 
-    return tile(tile, a, types.int64, p), codegen
+    integers = (types.int64,) * 3
+    kinds = (*integers, start, types.int64, target, types.int64, left, packed, types.int64, types.int64)
+    return types.void(*kinds), codegen
 
 
-# Arithmetic. A Python number takes the tile's dtype, so that an equation reads as it is written.
+# Arithmetic. A Python number takes the vector's dtype, so that an equation reads as it is written.
 
 
 def _elementwise(function):
-    """A code generator that applies ``function(builder, *vectors)`` to each vector of the arguments."""
+    """A code generator that applies ``function(builder, *vectors)`` to the arguments."""
 
     def codegen(context, builder, signature, args):
-        tile = signature.return_type
-        vector = _vector(context, tile)
+        vector = context.get_value_type(signature.return_type)
         operands = []
         for kind, value in zip(signature.args, args):
-            if isinstance(kind, Tile):
-                operands.append(_spread(builder, value))
-            else:
-                number = value if value.type == vector.element else builder.fptrunc(value, vector.element)
-                operands.append([_splat(builder, number, tile.lanes)] * (tile.rows * tile.vecs))
-        return _gather(builder, [function(builder, *vectors) for vectors in zip(*operands)])
+            if not isinstance(kind, Vector):
+                value = value if value.type == vector.element else builder.fptrunc(value, vector.element)
+                value = _splat(builder, value, vector.count)
+            operands.append(value)
+        return function(builder, *operands)
 
     return codegen
 
 
 def _common(*kinds):
-    """The tile type among arguments that are tiles of one type and float64 numbers, or None."""
-    tiles = {kind for kind in kinds if isinstance(kind, Tile)}
-    others = {kind for kind in kinds if not isinstance(kind, Tile)}
-    return tiles.pop() if len(tiles) == 1 and others <= {types.float64} else None
+    """The vector type among arguments that are vectors of one type and float64 numbers, or None."""
+    vectors = {kind for kind in kinds if isinstance(kind, Vector)}
+    others = {kind for kind in kinds if not isinstance(kind, Vector)}
+    return vectors.pop() if len(vectors) == 1 and others <= {types.float64} else None
 
 
 def _lower_operator(operation, instruction):
@@ -320,7 +347,7 @@ def _lower_operator(operation, instruction):
         return lambda x, y: _common(x, y)
 
     codegen = _elementwise(lambda builder, x, y: getattr(builder, instruction)(x, y))
-    for kinds in ((Tile, Tile), (Tile, types.Float), (types.Float, Tile)):
+    for kinds in ((Vector, Vector), (Vector, types.Float), (types.Float, Vector)):
         lower_builtin(operation, *kinds)(codegen)
 
 
@@ -340,15 +367,14 @@ def fma(typing, x, y, z):
 def horner(typing, x, coefficients):
     """The polynomial ``c[0] + c[1] x + c[2] x^2 + ...``."""
 
+    def polynomial(builder, x, *c):
+        total = c[-1]
+        for term in reversed(c[:-1]):
+            total = _fma(builder, total, x, term)
+        return total
+
     def codegen(context, builder, signature, args):
         numbers = [builder.extract_value(args[1], i) for i in range(len(coefficients))]
-
-        def polynomial(builder, v, *c):
-            total = c[-1]
-            for term in reversed(c[:-1]):
-                total = _fma(builder, total, v, term)
-            return total
-
         return _elementwise(polynomial)(context, builder, x(x, *coefficients), [args[0], *numbers])
 
     return x(x, coefficients), codegen
@@ -356,19 +382,19 @@ def horner(typing, x, coefficients):
 
 @intrinsic
 def absolute(typing, x):
-    return x(x), _elementwise(lambda builder, v: _call_vector(builder, "fabs", v))
+    return x(x), _elementwise(lambda builder, x: _call_vector(builder, "fabs", x))
 
 
 @intrinsic
 def copysign(typing, x, sign):
     """``x`` with the sign of ``sign``."""
-    return x(x, sign), _elementwise(lambda builder, v, s: _call_vector(builder, "copysign", v, s))
+    return x(x, sign), _elementwise(lambda builder, x, sign: _call_vector(builder, "copysign", x, sign))
 
 
 @intrinsic
 def at_least(typing, x, least):
     """``max(x, least)``, and NaN where ``x`` is NaN."""
-    select = _elementwise(lambda builder, v, m: builder.select(builder.fcmp_ordered("<", v, m), m, v))
+    select = _elementwise(lambda builder, x, least: builder.select(builder.fcmp_ordered("<", x, least), least, x))
     return x(x, least), select
 
 
@@ -376,8 +402,8 @@ def at_least(typing, x, least):
 def where_negative(typing, x, a, b):
     """``a`` where ``x < 0``, else ``b``."""
 
-    def select(builder, v, a, b):
-        return builder.select(builder.fcmp_ordered("<", v, ir.Constant(v.type, None)), a, b)
+    def select(builder, x, a, b):
+        return builder.select(builder.fcmp_ordered("<", x, ir.Constant(x.type, None)), a, b)
 
     return x(x, a, b), _elementwise(select)
 
@@ -390,10 +416,10 @@ def low_bits_to_exponent(typing, x):
     2**n made without a conversion.
     """
 
-    def shift(builder, v):
-        integers = ir.VectorType(ir.IntType(_bits(v.type)), v.type.count)
-        mantissa = ir.Constant(integers, [23 if _bits(v.type) == 32 else 52] * v.type.count)
-        return builder.bitcast(builder.shl(builder.bitcast(v, integers), mantissa), v.type)
+    def shift(builder, x):
+        integers = ir.VectorType(ir.IntType(_bits(x.type.element)), x.type.count)
+        mantissa = ir.Constant(integers, [23 if _bits(x.type.element) == 32 else 52] * x.type.count)
+        return builder.bitcast(builder.shl(builder.bitcast(x, integers), mantissa), x.type)
 
     return x(x), _elementwise(shift)
 
