@@ -23,18 +23,21 @@ WORTH_A_THREAD = 2_000_000
 # Rows of the batch that a share must have for the batch to be cut; below, the hidden units are.
 ROWS_OF_A_SHARE = 24
 
+# The barrier of a call that meets nobody, and writes nothing to it.
+ALONE = np.zeros(2, np.int64)
+
 Call = Callable[[int, int, NDArray[np.int64]], Any]
 
 
 class _Helper:
     """A thread that makes one call after another."""
 
-    def __init__(self, pool: "_Pool"):
+    def __init__(self) -> None:
         self.jobs: SimpleQueue[tuple[Call, int, int, NDArray[np.int64], list[BaseException]] | None] = SimpleQueue()
-        self.thread = threading.Thread(target=self._work, args=(pool,), name="fastrnn", daemon=True)
+        self.thread = threading.Thread(target=self._work, name="fastrnn", daemon=True)
         self.thread.start()
 
-    def _work(self, pool: "_Pool") -> None:
+    def _work(self) -> None:
         while (job := self.jobs.get()) is not None:
             call, me, parties, barrier, errors = job
             try:
@@ -43,7 +46,6 @@ class _Helper:
                 errors.append(error)
                 barrier[1] = 1
             del job, call, barrier, errors
-            pool.free.append(self)
 
 
 class _Pool:
@@ -51,6 +53,7 @@ class _Pool:
         self.free: list[_Helper] = []
         self.helpers: list[_Helper] = []
         self.lock = threading.Lock()
+        self.closed = False
 
     def take(self, count: int) -> list[_Helper]:
         """At most ``count`` helpers that nobody else has."""
@@ -60,22 +63,23 @@ class _Pool:
                 taken.append(self.free.pop())
             except IndexError:
                 with self.lock:
-                    if len(self.helpers) >= _num_threads - 1:
+                    if self.closed or len(self.helpers) >= _num_threads - 1:
                         break
                     try:
-                        self.helpers.append(_Helper(self))
+                        self.helpers.append(_Helper())
                     except RuntimeError:  # no more threads can be started, or the interpreter is shutting down
                         break
                     taken.append(self.helpers[-1])
         return taken
 
     def close(self) -> None:
+        """End the helpers; from now on every call runs alone."""
         with self.lock:
+            self.closed = True
             self.free.clear()
-            helpers, self.helpers = self.helpers, [None] * len(self.helpers)  # none can be added any more
-        for helper in helpers:
+        for helper in self.helpers:
             helper.jobs.put(None)
-        for helper in helpers:
+        for helper in self.helpers:
             helper.thread.join(1)
 
 
@@ -128,21 +132,22 @@ def together(parties: int, call: Call) -> None:
     """
     pool = _pool
     helpers = pool.take(parties - 1) if parties > 1 else []
-    barrier = np.zeros(16, np.int64)  # two cache lines: nothing else is written beside it
     if not helpers:
-        call(0, 1, barrier)
+        call(0, 1, ALONE)
         return
+    barrier = np.zeros(16, np.int64)  # two cache lines: nothing else is written beside it
     parties = 1 + len(helpers)
     errors: list[BaseException] = []
     try:
-        for me in range(1, parties):
-            helpers[-1].jobs.put((call, me, parties, barrier, errors))
-            helpers.pop()
+        for me, helper in enumerate(helpers, 1):
+            helper.jobs.put((call, me, parties, barrier, errors))
         call(0, parties, barrier)
     except BaseException:
         barrier[1] = 1  # the others must not wait for this one
-        pool.free.extend(helpers)
         raise
+    finally:
+        # They have met this one at the end, or soon will; what is left of the job is no reason for the next to wait.
+        pool.free.extend(helpers)
     if barrier[1]:
         raise errors[0]
 
@@ -169,7 +174,9 @@ def share_of(me: int, parties: int, batch: int, hidden: int, dtype: np.dtype) ->
 
 
 def empty(count: int, dtype: np.dtype) -> NDArray[Any]:
-    """An uninitialised array whose first number lies on a cache line, so that no vector of it straddles two."""
+    """An uninitialised array; a large one begins on a cache line, so that no vector of it straddles two."""
+    if count < 4096:
+        return np.empty(count, dtype)
     memory = np.empty(count + 64 // dtype.itemsize, dtype)
-    offset = -memory.__array_interface__["data"][0] % 64 // dtype.itemsize
+    offset = -memory.ctypes.data % 64 // dtype.itemsize
     return memory[offset : offset + count]

@@ -46,6 +46,11 @@ def probability(value: Any, name: str) -> float:
     return value
 
 
+def as_seed(value: Any, name: str = "seed") -> int | None:
+    """A whole number that seeds a random generator, or None, for which the system gives one."""
+    return None if value is None else integer(value, name, 0)
+
+
 def flag(value: Any, name: str) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name}: expected True or False, got {describe(value)}")
@@ -78,9 +83,27 @@ def as_kernel_array(value: Any, name: str, dtype: np.dtype, shape: tuple[int | N
     array = value if type(value) is np.ndarray else as_array(value, name)
     if array.dtype != dtype:
         raise TypeError(f"{name}: expected dtype {dtype}, got {array.dtype}")
-    fits = len(shape) == array.ndim
-    if not fits or any(n < 1 if m is None else n != m for n, m in zip(array.shape, shape, strict=True)):
+    if array.shape != shape and not _fits(array.shape, shape):
         expected = ", ".join("at least 1" if n is None else str(n) for n in shape)
         raise ValueError(f"{name}: expected shape ({expected}), got {array.shape}")
     # A read-only array would be another type to Numba, compiled for anew.
     return array if array.flags.carray else np.array(array, order="C")
+
+
+def as_indices(value: Any, name: str, below: int, shape: tuple[int, ...] | None = None) -> NDArray[np.int64]:
+    """``value`` as a C-contiguous array of int64 from 0 to ``below`` - 1, of a given shape or of any, at least one."""
+    array = as_array(value, name)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name}: expected integers, got dtype {array.dtype}")
+    if shape is not None and array.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {array.shape}")
+    if array.size == 0:
+        raise ValueError(f"{name}: expected at least one index, got shape {array.shape}")
+    least, most = int(array.min()), int(array.max())
+    if least < 0 or most >= below:
+        raise ValueError(f"{name}: expected indices from 0 to {below - 1}, got {least if least < 0 else most}")
+    return as_kernel_array(array.astype(np.int64, copy=False), name, np.dtype(np.int64), array.shape)
+
+
+def _fits(given: tuple[int, ...], shape: tuple[int | None, ...]) -> bool:
+    return len(given) == len(shape) and all(n >= 1 if m is None else n == m for n, m in zip(given, shape))

@@ -5,6 +5,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -91,30 +92,30 @@ class Recurrent(Module):
             array.flags.writeable = False
         return tuple(arrays)
 
-    def _inputs(self, x: Array, state: Any) -> tuple[Array, tuple[Array, ...]]:
-        """Check the arguments and lay them out as the kernels read them."""
-        shape = np.shape(x)
-        if len(shape) not in (2, 3):
-            raise ValueError(f"x: expected 3 dimensions (a batch) or 2 (one sequence), got shape {shape}")
-        if len(shape) == 3 and self.batch_first:
-            x = as_array(x, "x").swapaxes(0, 1)
-        x = as_kernel_array(x, "x", self.dtype, (None,) * (len(shape) - 1) + (self.input_size,))
-        batched = len(shape) == 3
-        x = x if batched else x[:, None]
-        return x, self._state_arrays(state, "state", x.shape[1], batched)
+    def _inputs(self, x: Array, state: Any) -> tuple[Array, tuple[Array, ...], bool]:
+        """The arguments, checked and laid out as the kernels read them, and whether they were a batch."""
+        x = x if type(x) is np.ndarray else as_array(x, "x")
+        batched = x.ndim == 3
+        if not batched and x.ndim != 2:
+            raise ValueError(f"x: expected 3 dimensions (a batch) or 2 (one sequence), got shape {x.shape}")
+        if not batched:
+            x = x[:, None]
+        elif self.batch_first:
+            x = x.swapaxes(0, 1)
+        x = as_kernel_array(x, "x", self.dtype, (x.shape[0] or None, x.shape[1] or None, self.input_size))
+        return x, self._state_arrays(state, "state", x.shape[1], batched), batched
 
     def _state_arrays(self, state: Any, name: str, batch: int, batched: bool) -> tuple[Array, ...]:
         shape = (self.num_layers, batch, self.hidden_size)
         if state is None:
-            return tuple(np.zeros(shape, self.dtype) for _ in range(self.STATES))
-        names = [name] if self.STATES == 1 else [f"{name}[{i}]" for i in range(self.STATES)]
+            return tuple([np.zeros(shape, self.dtype) for _ in range(self.STATES)])
         if self.STATES == 1:
             state = (state,)
         elif not isinstance(state, (tuple, list)) or len(state) != self.STATES:
             raise TypeError(f"{name}: expected a tuple of {self.STATES} arrays, got {describe(state)}")
-        given = shape if batched else (shape[0], shape[2])
-        arrays = (as_kernel_array(a, n, self.dtype, given) for a, n in zip(state, names, strict=True))
-        return tuple(a.reshape(shape) for a in arrays)
+        if batched:
+            return tuple([as_kernel_array(s, name, self.dtype, shape) for s in state])
+        return tuple([as_kernel_array(s, name, self.dtype, shape[::2]).reshape(shape) for s in state])
 
     def _sequence(self, y: Array, batched: bool) -> Array:
         """An output sequence as the user gave the input."""
@@ -139,9 +140,8 @@ class Recurrent(Module):
 
         Raises TypeError or ValueError for arrays of a wrong dtype or shape.
         """
-        batched = np.ndim(x) == 3
-        x, before = self._inputs(x, state)
-        after = tuple(np.empty_like(s) for s in before)
+        x, before, batched = self._inputs(x, state)
+        after = tuple([np.empty_like(s) for s in before])
         for k in range(self.num_layers):
             x, _ = self._forward(k, x, [s[k] for s in before], [s[k] for s in after], save=False)
         return self._sequence(x, batched), self._state(after, batched)
@@ -162,11 +162,10 @@ class Recurrent(Module):
         """
         if rng is not None and not isinstance(rng, np.random.Generator):
             raise TypeError(f"rng: expected a numpy.random.Generator, got {describe(rng)}")
-        batched = np.ndim(x) == 3
-        x, before = self._inputs(x, state)
-        after = tuple(np.empty_like(s) for s in before)
+        x, before, batched = self._inputs(x, state)
+        after = tuple([np.empty_like(s) for s in before])
         shape_y, shape_x = (*x.shape[:2], self.hidden_size), x.shape
-        backwards = []
+        backwards: list[tuple[Backward, Callable[[Array], Array] | None]] = []
         for k in range(self.num_layers):
             dropped = None
             if k > 0 and self.dropout > 0:
@@ -197,10 +196,8 @@ class Recurrent(Module):
 
         return (self._sequence(x, batched), self._state(after, batched)), pullback
 
-    def _forward(
-        self, k: int, x: Array, before: list[Array], after: list[Array], save: bool
-    ) -> tuple[Array, Backward | None]:
-        """Run layer k. Writes ``after``. Returns its outputs and, if ``save``, its backward pass."""
+    def _forward(self, k: int, x: Array, before: list[Array], after: list[Array], save: bool) -> tuple[Array, Any]:
+        """Run layer k. Writes ``after``. Returns its outputs and, if ``save``, its backward pass, a `Backward`."""
         raise NotImplementedError
 
 
@@ -258,16 +255,13 @@ class LSTM(Recurrent):
         lstm_kernels.pack_backward(w_ih, w_hh, packed)
         return packed
 
-    def _forward(
-        self, k: int, x: Array, before: list[Array], after: list[Array], save: bool
-    ) -> tuple[Array, Backward | None]:
+    def _forward(self, k: int, x: Array, before: list[Array], after: list[Array], save: bool) -> tuple[Array, Any]:
         T, B, I = x.shape
         H, dtype = self.hidden_size, self.dtype
-        L = LANES_OF[dtype]
         packed = self.parameters.derived(("forward", k), lambda: self._pack_forward(k))
-        chunk = steps_in_chunk(T, B, ROWS_FORWARD)
+        chunk, size = lstm_plan(T, B, I, H, LANES_OF[dtype], save)
         y = np.empty((T, B, H), dtype)
-        buffer = batching.empty(lstm_kernels.layout.py_func(T, B, I, H, L, chunk, save)[-1], dtype)
+        buffer = batching.empty(size, dtype)
         (h_0, c_0), (h_n, c_n) = before, after
 
         def call(me: int, parties: int, barrier: Array) -> None:
@@ -289,7 +283,7 @@ class LSTM(Recurrent):
             parties = batching.parties_for(2 * work, B, H, dtype)
             # Two buffers, so that one is filled while another thread still reads the other.
             buffers = min(parties, 2)
-            space = batching.empty(lstm_kernels.work_layout.py_func(B, H, L, back, buffers)[-1], dtype)
+            space = batching.empty(lstm_kernels.work_layout.py_func(B, H, LANES_OF[dtype], back, buffers)[-1], dtype)
 
             def call(me: int, parties: int, barrier: Array) -> None:
                 share = batching.share_of(me, parties, B, H, dtype)
@@ -305,6 +299,13 @@ class LSTM(Recurrent):
             return dx, gradients
 
         return y, backward
+
+
+@lru_cache(1024)
+def lstm_plan(T: int, B: int, I: int, H: int, L: int, save: bool) -> tuple[int, int]:
+    """The time steps in a chunk of the forward pass, and the size of its buffer."""
+    chunk = steps_in_chunk(T, B, ROWS_FORWARD)
+    return chunk, lstm_kernels.layout.py_func(T, B, I, H, L, chunk, save)[-1]
 
 
 def steps_in_chunk(T: int, B: int, rows: int) -> int:

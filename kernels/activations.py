@@ -7,6 +7,7 @@ multiply-add is written out, so the bits do not depend on the code around a call
 from numba import types
 from numba.extending import overload
 
+from .compiler import kernel, part
 from .tile import (
     absolute,
     at,
@@ -14,12 +15,10 @@ from .tile import (
     copysign,
     fma,
     horner,
-    kernel,
     lanes,
     load_part,
     load_whole,
     low_bits_to_exponent,
-    part,
     store_part,
     store_whole,
     where_negative,
@@ -93,12 +92,19 @@ def _expm1_reduced(z, shift):
 
 
 @part
+def exp_nonpositive(z):
+    """``exp(z)`` of a vector of numbers up to 0, relatively accurate down to the subnormal numbers; 0 at -inf."""
+    _, _, shifts, tiny, lowest, _ = _constants(z)
+    expm1_r, shifted = _expm1_reduced(at_least(z, lowest), shifts[1])
+    # 2**n may be subnormal: it is reached in two steps, of which only the last rounds.
+    power = low_bits_to_exponent(shifted)
+    return fma(expm1_r, power, power) * tiny
+
+
+@part
 def sigmoid(x):
     """``1 / (1 + exp(-x))`` of a vector, relatively accurate down to the subnormal numbers."""
-    _, _, shifts, tiny, lowest, _ = _constants(x)
-    expm1_r, shifted = _expm1_reduced(at_least(absolute(x) * -1.0, lowest), shifts[1])
-    # 2**n may be subnormal: it is reached in two steps, of which only the last rounds.
-    e = (fma(expm1_r, low_bits_to_exponent(shifted), low_bits_to_exponent(shifted))) * tiny
+    e = exp_nonpositive(absolute(x) * -1.0)
     s = 1.0 / (e + 1.0)
     return where_negative(x, e * s, s)
 

@@ -7,7 +7,8 @@ over ``k`` in ascending order, whatever the number of rows, so a row gives the s
 
 from collections import namedtuple
 
-from .tile import ROWS, VECS, at, lanes, load_part, load_whole, part, store_part, store_whole, tile_product, width
+from .compiler import part
+from .tile import ROWS, VECS, at, lanes, load_part, load_whole, store_part, store_whole, tile_product, transpose, width
 
 # Column j of row i of panel p lies at address + p * panel + i * row + j.
 # A row-major matrix is Panels(address, W, row length); one row for all is Panels(address, W, 0).
@@ -88,13 +89,17 @@ def pack(w, gates, H, K, out):
     w: address of (gates * H, K). out: address of (U, K, gates, L), written: L units of every gate stand together, so
     that a panel holds all gates of its units. ``L = W // gates``, ``U = ceil(H / L)``; units past H are 0.
     """
-    L = width(out) // gates
+    L, V = width(out) // gates, lanes(out)
     for i in range((H + L - 1) // L * gates * L):
         u, g, l = i // (gates * L), i // L % gates, i % L
         exists = u * L + l < H
         row = at(w, (g * H + u * L + l if exists else 0) * K)
         target = at(out, (u * K * gates + g) * L + l)
-        for k in range(K):
+        squares = K // V if u * L + l // V * V + V <= H else 0
+        if l % V == 0:
+            for k in range(0, squares * V, V):
+                transpose(at(row, k), K, at(target, k * gates * L), gates * L)
+        for k in range(squares * V, K):
             target[k * gates * L] = row[k] if exists else 0
 
 

@@ -25,8 +25,9 @@ the batch or the units (at multiples of W), not both. The bits do not depend on 
 """
 
 from .activations import sigmoid, tanh
+from .compiler import kernel, part
 from .gemm import Left, Panels, load, pack, pack_rows, pack_transposed, panels, product, store
-from .tile import VECS, at, kernel, lanes, meet, part, width
+from .tile import VECS, at, lanes, meet, width
 
 GATES = 4
 
@@ -247,7 +248,8 @@ def backward(
     slab = back * B * W
     nothing = Panels(at(packed, 0), 0, 0)
     w_hh, w_ih = Panels(at(packed, W), U * W * W, W), Panels(at(packed, W + PH * U * W * W), U * W * W, W)
-    p0, p1 = u0 // VECS, (u1 + VECS - 1) // VECS
+    p0 = u0 // VECS
+    p1 = p0 + (u1 - u0 + VECS - 1) // VECS
 
     for u in range(u0, u1):
         for b in range(b0, b1):

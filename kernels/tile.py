@@ -8,20 +8,17 @@ It gives Numba
 - `tile_product`, a block of up to `ROWS` rows by `VECS` vectors of a matrix product, whose sums stay in registers: the
   multiply-add units' peak is reached here or nowhere;
 - `at`, an element's address: inner functions take addresses and strides, a register each, where an array takes seven;
-- the barrier at which threads meet, and `kernel` and `part`, the decorators that own every compile option.
+- the barrier at which threads meet.
 
 The tile's shape comes from the CPU that Numba compiles for (``NUMBA_CPU_NAME``, ``NUMBA_CPU_FEATURES``): three
 quarters of the vector registers hold sums, the rest a row of the right factor and a broadcast number of the left.
 """
 
-import hashlib
 import operator
 import re
 import sys
-from pathlib import Path
 
 import llvmlite.binding as llvm
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -29,43 +26,9 @@ from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
-I1, I32, I64 = ir.IntType(1), ir.IntType(32), ir.IntType(64)
+from .compiler import part
 
-
-def _source_stamp():
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.digest()
-
-
-SOURCE_STAMP = _source_stamp()
-# No fastmath: arithmetic is done as written, with `fma` spelt out, and so gives the same bits everywhere.
-OPTIONS = {"nogil": True, "boundscheck": False, "error_model": "numpy", "fastmath": False}
-
-
-def kernel(function):
-    """Compile ``function`` with the options that every kernel shares.
-
-    What is compiled is kept in ``NUMBA_CACHE_DIR``, beside the source or in the user's cache folder; where none of
-    these can be written, it is compiled anew in every process. Numba's cache looks at the file that a function stands
-    in; here an edit of any kernel's file makes it stale.
-    """
-    try:
-        dispatcher = numba.njit(cache=True, **OPTIONS)(function)
-    except RuntimeError:  # there is no folder to cache in
-        return numba.njit(**OPTIONS)(function)
-    cache_file = getattr(dispatcher._cache, "_cache_file", None)
-    if cache_file is not None:
-        cache_file._source_stamp = SOURCE_STAMP
-    return dispatcher
-
-
-def part(function=None, *, inline=True):
-    """As `kernel`, for what only other kernels call: without a Python wrapper, and cached with its callers."""
-    if function is None:
-        return lambda function: part(function, inline=inline)
-    return numba.njit(forceinline=inline, no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)(function)
+I32, I64 = ir.IntType(32), ir.IntType(64)
 
 
 def _probe():
@@ -228,6 +191,32 @@ def store_part(typing, vector, address, n):
         return context.get_dummy_value()
 
     return types.void(vector, address, types.int64), codegen
+
+
+@intrinsic
+def transpose(typing, source, source_row, target, target_row):
+    """``target = source.T`` for a square of as many rows as a vector has lanes."""
+
+    def codegen(context, builder, signature, args):
+        source, source_row, target, target_row = args
+        vector = _vector(source.type.pointee)
+        n = vector.count
+        rows = [_load(builder, builder.gep(source, [builder.mul(source_row, I64(i))])) for i in range(n)]
+        d = n // 2
+        while d:  # swap the two blocks of d by d beside the diagonal of every block of 2 d by 2 d
+            upper = [lane if not lane & d else n + lane - d for lane in range(n)]
+            lower = [lane + d if not lane & d else n + lane for lane in range(n)]
+            for i in range(n):
+                if not i & d:
+                    pair = rows[i], rows[i + d]
+                    for row, lanes in ((i, upper), (i + d, lower)):
+                        rows[row] = builder.shuffle_vector(*pair, ir.Constant(ir.VectorType(I32, n), lanes))
+            d //= 2
+        for i, row in enumerate(rows):
+            _store(builder, row, builder.gep(target, [builder.mul(target_row, I64(i))]))
+        return context.get_dummy_value()
+
+    return types.void(source, types.int64, target, types.int64), codegen
 
 
 @intrinsic

@@ -1,0 +1,42 @@
+"""The decorators of every kernel: the one place that owns compile options and the cache."""
+
+import hashlib
+from pathlib import Path
+
+import numba
+
+
+def _source_stamp():
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.digest()
+
+
+SOURCE_STAMP = _source_stamp()
+# No fastmath: arithmetic is done as written, with `fma` spelt out, and so gives the same bits everywhere.
+OPTIONS = {"nogil": True, "boundscheck": False, "error_model": "numpy", "fastmath": False}
+
+
+def kernel(function):
+    """Compile ``function`` with the options that every kernel shares.
+
+    What is compiled is kept in ``NUMBA_CACHE_DIR``, beside the source or in the user's cache folder; where none of
+    these can be written, it is compiled anew in every process. Numba's cache looks at the file that a function stands
+    in; here an edit of any kernel's file makes it stale.
+    """
+    try:
+        dispatcher = numba.njit(cache=True, **OPTIONS)(function)
+    except RuntimeError:  # there is no folder to cache in
+        return numba.njit(**OPTIONS)(function)
+    cache_file = getattr(dispatcher._cache, "_cache_file", None)
+    if cache_file is not None:
+        cache_file._source_stamp = SOURCE_STAMP
+    return dispatcher
+
+
+def part(function=None, *, inline=True):
+    """As `kernel`, for what only other kernels call: without a Python wrapper, and cached with its callers."""
+    if function is None:
+        return lambda function: part(function, inline=inline)
+    return numba.njit(forceinline=inline, no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)(function)

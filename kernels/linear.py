@@ -1,0 +1,104 @@
+"""The linear layer and the embedding's gradient.
+
+Buffers are C-contiguous arrays of one dtype; all belong to the caller, and nothing is allocated here. ``W`` is the
+width of a panel; ``PN`` and ``PK`` are the panels of N and K columns.
+
+    x (M, K), y (M, N)          rows in and out
+    packed (PN W (1 + K))       bias and weight, as `pack_forward` makes it
+    xs (PK, M, W)               x in panels, which `forward` saves for `backward`
+
+Threads: number ``me`` of ``parties`` calls that run at once does a share of the rows or, of few rows, of the panels,
+and of the weight's gradient by tiles. The bits do not depend on the cut.
+"""
+
+from .compiler import kernel
+from .gemm import Left, Panels, load, pack, pack_rows, pack_transposed, panels, product, store
+from .tile import ROWS, at, lanes, meet, width
+
+# Rows whose part of the weight's gradient is added at once, so that they stay in the second-level cache meanwhile.
+ROWS_AT_ONCE = 256
+
+
+@kernel
+def pack_forward(w, bias, out):
+    """Pack the weights for `forward`. w: (N, K), bias: (N); out (PN W (1 + K)) is written."""
+    N, K = w.shape
+    bias_size = panels(N, at(out, 0)) * width(at(out, 0))
+    for j in range(bias_size):
+        out[j] = bias[j] if j < N else 0
+    pack(at(w, 0), 1, N, K, at(out, bias_size))
+
+
+@kernel
+def pack_backward(w, out):
+    """Pack the weights for `backward`. w: (N, K); out (W + PK PN W W), written: a row of zeros, the weights."""
+    N, K = w.shape
+    W = width(at(out, 0))
+    for j in range(W):
+        out[j] = 0
+    pack_transposed(at(w, 0), 1, N, K, at(out, W))
+
+
+@kernel
+def forward(x, packed, y, xs, save, me, parties, barrier):
+    """``y = x @ w.T + bias``, saving for `backward` if ``save``. y is written, and xs if ``save``."""
+    M, K = x.shape
+    N = y.shape[1]
+    W = width(at(x, 0))
+    PN = panels(N, at(x, 0))
+    r0, r1, p0, p1 = me * M // parties, (me + 1) * M // parties, 0, PN
+    if save:
+        pack_rows(r1 - r0, K, at(x, r0 * K), Panels(at(xs, r0 * W), M * W, W))
+    if parties * ROWS > M:
+        r0, r1, p0, p1 = 0, M, me * PN // parties, (me + 1) * PN // parties
+    bias, w = Panels(at(packed, 0), W, 0), Panels(at(packed, PN * W), K * W, W)
+    product(p0, p1, N, r1 - r0, bias, Panels(at(y, r0 * N), W, N), Left(at(x, r0 * K), K, 1, 1, 0), w, K)
+    meet(barrier, parties)
+
+
+@kernel
+def backward(dy, xs, packed, dx, dw, db, me, parties, barrier):
+    """The gradients by x, weight and bias. dy (M, N), xs, packed (`pack_backward`) are read.
+
+    dx (M, K), dw (N, K), db (N) are written. Each number of dw and db is summed over the rows in ascending order.
+    """
+    M, N = dy.shape
+    K = dx.shape[1]
+    W, L = width(at(dy, 0)), lanes(at(dy, 0))
+    PN, PK = panels(N, at(dy, 0)), panels(K, at(dy, 0))
+    nothing = Panels(at(packed, 0), 0, 0)
+
+    r0, r1 = me * M // parties, (me + 1) * M // parties
+    w = Panels(at(packed, W), PN * W * W, W)
+    product(0, PK, K, r1 - r0, nothing, Panels(at(dx, r0 * K), W, K), Left(at(dy, r0 * N), N, 1, 1, 0), w, N)
+
+    group = 2 * ROWS
+    groups = (N + group - 1) // group
+    for first in range(0, M, ROWS_AT_ONCE):
+        rows = min(ROWS_AT_ONCE, M - first)
+        source = Panels(at(xs, first * W), M * W, W)
+        for item in range(me * PK * groups // parties, (me + 1) * PK * groups // parties):
+            p, n = item // groups, item % groups * group
+            target = Panels(at(dw, n * K), W, K)
+            left = Left(at(dy, first * N + n), 1, N, 1, 0)
+            product(p, p + 1, K, min(group, N - n), nothing if first == 0 else target, target, left, source, rows)
+
+    vectors = (N + L - 1) // L
+    for v in range(me * vectors // parties, (me + 1) * vectors // parties):
+        n = N - v * L
+        total = load(at(dy, v * L), n)
+        for r in range(1, M):
+            total = total + load(at(dy, r * N + v * L), n)
+        store(total, at(db, v * L), n)
+    meet(barrier, parties)
+
+
+@kernel
+def add_rows(dy, indices, dw):
+    """``dw[indices[i]] += dy[i]`` in ascending order of i. dy (M, D), indices int64 (M); dw (V, D) is added to."""
+    M, D = dy.shape
+    L = lanes(at(dy, 0))
+    for i in range(M):
+        for j in range(0, D, L):
+            target = at(dw, indices[i] * D + j)
+            store(load(target, D - j) + load(at(dy, i * D + j), D - j), target, D - j)
