@@ -5,7 +5,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from . import batching
 from .checks import as_array, as_kernel_array, describe, flag, float_dtype, positive, probability
 from .kernels import lstm as lstm_kernels
-from .kernels.tile import LANES_OF, VECS
+from .kernels.tile import LANES_OF, ROW_PANELS, VECS
 from .parameters import Array, Module, Parameters
 
 Gradients = dict[str, Array]
@@ -23,6 +23,8 @@ Backward = Callable[[Array, list[Array], list[Array]], tuple[Array, Gradients]]
 # Rows of the batch, over time steps, whose input projections are computed at once: enough for tall tiles, few enough
 # that the gates are still in the second-level cache when the recurrence adds to them.
 ROWS_FORWARD = 48
+# The same for a single sequence: so many steps give time for one row of rider tiles.
+ROWS_FORWARD_ALONE = ROW_PANELS * VECS + 1
 # Rows over which the gates' derivatives are gathered before the weights' gradients take them up.
 ROWS_BACKWARD = 512
 
@@ -141,9 +143,12 @@ class Recurrent(Module):
         Raises TypeError or ValueError for arrays of a wrong dtype or shape.
         """
         x, before, batched = self._inputs(x, state)
-        after = tuple([np.empty_like(s) for s in before])
-        for k in range(self.num_layers):
-            x, _ = self._forward(k, x, [s[k] for s in before], [s[k] for s in after], save=False)
+        if len(x) == 1 and x.shape[1] < batching.ROWS_OF_A_SHARE:
+            x, after = self._step(x[0], before)
+        else:
+            after = tuple([np.empty_like(s) for s in before])
+            for k in range(self.num_layers):
+                x, _ = self._forward(k, x, [s[k] for s in before], [s[k] for s in after], save=False)
         return self._sequence(x, batched), self._state(after, batched)
 
     def vjp(self, x: Array, state: Any = None, rng: np.random.Generator | None = None) -> tuple[Any, Pullback]:
@@ -198,6 +203,10 @@ class Recurrent(Module):
 
     def _forward(self, k: int, x: Array, before: list[Array], after: list[Array], save: bool) -> tuple[Array, Any]:
         """Run layer k. Writes ``after``. Returns its outputs and, if ``save``, its backward pass, a `Backward`."""
+        raise NotImplementedError
+
+    def _step(self, x: Array, before: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
+        """One step of all layers on the calling thread. x (B, I). Returns y (1, B, H) and the state after it."""
         raise NotImplementedError
 
 
@@ -258,7 +267,7 @@ class LSTM(Recurrent):
     def _forward(self, k: int, x: Array, before: list[Array], after: list[Array], save: bool) -> tuple[Array, Any]:
         T, B, I = x.shape
         H, dtype = self.hidden_size, self.dtype
-        packed = self.parameters.derived(("forward", k), lambda: self._pack_forward(k))
+        packed = self.parameters.derived(("forward", k), partial(self._pack_forward, k))
         chunk, size = lstm_plan(T, B, I, H, LANES_OF[dtype], save)
         y = np.empty((T, B, H), dtype)
         buffer = batching.empty(size, dtype)
@@ -273,7 +282,7 @@ class LSTM(Recurrent):
         h_n[:] = y[-1]
         if not save:
             return y, None
-        packed_back = self.parameters.derived(("backward", k), lambda: self._pack_backward(k))
+        packed_back = self.parameters.derived(("backward", k), partial(self._pack_backward, k))
 
         def backward(dy: Array, d_after: list[Array], d_before: list[Array]) -> tuple[Array, Gradients]:
             (dh_n, dc_n), (dh_0, dc_0) = d_after, d_before
@@ -300,11 +309,21 @@ class LSTM(Recurrent):
 
         return y, backward
 
+    def _step(self, x: Array, before: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
+        h, c = before[0].copy(), before[1].copy()
+        B, lanes = len(x), LANES_OF[self.dtype]
+        gates = batching.empty(-(-self.hidden_size // lanes) * B * VECS * lanes, self.dtype)
+        for k in range(self.num_layers):
+            packed = self.parameters.derived(("forward", k), partial(self._pack_forward, k))
+            lstm_kernels.step(x, h[k], c[k], packed, gates)
+            x = h[k]
+        return h[-1:].copy(), (h, c)
+
 
 @lru_cache(1024)
 def lstm_plan(T: int, B: int, I: int, H: int, L: int, save: bool) -> tuple[int, int]:
     """The time steps in a chunk of the forward pass, and the size of its buffer."""
-    chunk = steps_in_chunk(T, B, ROWS_FORWARD)
+    chunk = steps_in_chunk(T, B, ROWS_FORWARD if B > 1 else ROWS_FORWARD_ALONE)
     return chunk, lstm_kernels.layout.py_func(T, B, I, H, L, chunk, save)[-1]
 
 

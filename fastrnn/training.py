@@ -9,11 +9,10 @@ import json
 import math
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -280,7 +279,9 @@ def interrupts() -> Iterator[Callable[[], bool]]:
     def note(signum: int, frame: Any) -> None:
         noted.set()
         signal.signal(signal.SIGINT, before)
-        sys.stderr.write("\nstopping after this update; Ctrl-C again stops at once\n")
+        # Not through sys.stderr, which this may have interrupted while it was writing.
+        with suppress(OSError):
+            os.write(2, b"\nstopping after this update; Ctrl-C again stops at once\n")
 
     signal.signal(signal.SIGINT, note)
     try:

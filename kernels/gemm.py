@@ -8,7 +8,20 @@ over ``k`` in ascending order, whatever the number of rows, so a row gives the s
 from collections import namedtuple
 
 from .compiler import part
-from .tile import ROWS, VECS, at, lanes, load_part, load_whole, store_part, store_whole, tile_product, transpose, width
+from .tile import (
+    ROW_PANELS,
+    ROWS,
+    VECS,
+    at,
+    lanes,
+    load_part,
+    load_whole,
+    store_part,
+    store_whole,
+    tile_product,
+    transpose,
+    width,
+)
 
 # Column j of row i of panel p lies at address + p * panel + i * row + j.
 # A row-major matrix is Panels(address, W, row length); one row for all is Panels(address, W, 0).
@@ -53,10 +66,10 @@ def product(first, last, N, M, start, target, left, packed, K):
     while p < last:
         s, s_row = at(start.address, p * start.panel), start.row
         c, c_row = at(target.address, p * target.panel), target.row
-        # One row waits for its weights: with four panels at once, four streams of them are under way.
-        four = M == 1 and p + 4 <= last and (p + 4) * W <= N
-        if four:
-            n, vecs, s_row, c_row = 4 * W, 4 * VECS, start.panel, target.panel
+        # One row waits for its weights: with several panels at once, several streams of them are under way.
+        several = M == 1 and p + ROW_PANELS <= last and (p + ROW_PANELS) * W <= N
+        if several:
+            n, vecs, s_row, c_row = ROW_PANELS * W, ROW_PANELS * VECS, start.panel, target.panel
         else:
             n = min(W, N - p * W)
             vecs = VECS if n > 2 * L else 2 if n > L else 1
@@ -70,7 +83,7 @@ def product(first, last, N, M, start, target, left, packed, K):
                 rows, vecs, n, at(s, i * s_row), s_row, at(c, i * c_row), c_row, a, weights, packed.panel, K
             )  # fmt: skip
             i += rows
-        p += 4 if four else 1
+        p += ROW_PANELS if several else 1
 
 
 @part

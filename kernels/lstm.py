@@ -27,7 +27,7 @@ the batch or the units (at multiples of W), not both. The bits do not depend on 
 from .activations import sigmoid, tanh
 from .compiler import kernel, part
 from .gemm import Left, Panels, load, pack, pack_rows, pack_transposed, panels, product, store
-from .tile import VECS, at, lanes, meet, width
+from .tile import RIDER_ROWS, ROW_PANELS, VECS, at, lanes, meet, row_and_tile_product, width
 
 GATES = 4
 
@@ -102,7 +102,7 @@ def pack_backward(w_ih, w_hh, out):
 def layout(T, B, I, H, L, chunk, save):
     """Where gates, c, xs and hs begin in the buffer, and its size."""
     W, U = VECS * L, (H + L - 1) // L
-    c = U * (T if save else chunk) * B * W
+    c = U * (T if save else chunk if B > 1 else 2 * chunk) * B * W
     xs = c + (T + 1 if save else 1) * U * B * L
     hs = xs + (-(-I // W) * T * B * W if save else 0)
     return 0, c, xs, hs, hs + (-(-H // W) * (T + 1) * B * W if save else 0)
@@ -134,30 +134,51 @@ def forward(x, h_0, c_0, packed, y, c_n, buffer, save, chunk, share, barrier):
         for b in range(b0, b1):
             store(load(at(c_0, b * H + u * L), H - u * L), at(c, (u * B + b) * L), L)
 
+    ahead = 0
     for first in range(0, T, chunk):
         n = min(chunk, T - first)
-        chunk_gates = at(gates, first * B * U * W if save else 0)
+        half = first // chunk % 2 * chunk if B == 1 else 0
+        chunk_gates = at(gates, (first if save else half) * B * U * W)
         slab = n * B * W
         # All rows of the chunk at once, or step by step if other parties have some of the batch.
-        steps, rows = (1, n * B) if b1 - b0 == B else (n, b1 - b0)
+        steps, rows = (1, n * B - ahead) if b1 - b0 == B else (n, b1 - b0)
         for u in range(u0, u1):
             for s in range(steps):
-                target = Panels(at(chunk_gates, (s * B + b0) * W), slab, W)
-                left = Left(at(x, ((first + s) * B + b0) * I), I, 1, 1, 0)
+                target = Panels(at(chunk_gates, (s * B + b0 + ahead) * W), slab, W)
+                left = Left(at(x, ((first + s) * B + b0 + ahead) * I), I, 1, 1, 0)
                 product(u, u + 1, U * W, rows, bias, target, left, w_ih, I)
+
+        # A single sequence waits for W_hh to be read. Meanwhile, tile by tile, it does part of the next chunk's input.
+        rider, riders, next_slab = 0, 0, 0
+        next_gates, next_x = chunk_gates, at(x, 0)
+        tiles = (u1 - u0) * VECS
+        if B == 1 and first + n < T:
+            next_n = min(chunk, T - first - n)
+            next_gates = at(gates, (first + n if save else chunk - half) * U * W)
+            next_x, next_slab = at(x, (first + n) * I), next_n * W
+            blocks = min(next_n // RIDER_ROWS, n * ((u1 - u0) // ROW_PANELS) // max(1, tiles))
+            riders, ahead = blocks * tiles, blocks * RIDER_ROWS
 
         for s in range(n):
             t = first + s
             h = at(h_0, b0 * H) if t == 0 else at(y, ((t - 1) * B + b0) * H)
             g_t = at(chunk_gates, s * B * W)
             target = Panels(at(g_t, b0 * W), slab, W)
-            # A row waits for its weights: four panels at once, and every other step backwards, so that those
-            # read last, which are still in the nearest cache, are read first.
-            stride = 4 if b1 - b0 == 1 else 1
+            # Every other step goes backwards: the weights read last are still in the nearest cache, and read first.
+            stride = ROW_PANELS if b1 - b0 == 1 else 1
             for v in range(u0, u1, stride):
                 lo = v if t % 2 == 0 else max(u0, u1 - stride - (v - u0))
                 hi = min(v + stride, u1) if t % 2 == 0 else u1 - (v - u0)
-                product(lo, hi, U * W, b1 - b0, target, target, Left(h, H, 1, 1, 0), w_hh, H)
+                if rider < riders and hi - lo == ROW_PANELS:
+                    j, u, r = rider % VECS * L, u0 + rider // VECS % (u1 - u0), rider // tiles * RIDER_ROWS
+                    row_and_tile_product(
+                        at(g_t, lo * slab), slab, h, at(w_hh.address, lo * w_hh.panel), w_hh.panel, H,
+                        at(bias.address, u * W + j), at(next_gates, u * next_slab + r * W + j),
+                        at(next_x, r * I), I, at(w_ih.address, u * w_ih.panel + j), I,
+                    )  # fmt: skip
+                    rider += 1
+                else:
+                    product(lo, hi, U * W, b1 - b0, target, target, Left(h, H, 1, 1, 0), w_hh, H)
                 for u in range(lo, hi):
                     for b in range(b0, b1):
                         a, c_t = at(g_t, u * slab + b * W), at(c, t * c_step + (u * B + b) * L)

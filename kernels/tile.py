@@ -6,7 +6,7 @@ It gives Numba
   arithmetic (``+ - * /``, `fma`, `absolute`, ...) that never reorders anything: the same equation gives the same bits
   wherever the code around it was compiled;
 - `tile_product`, a block of up to `ROWS` rows by `VECS` vectors of a matrix product, whose sums stay in registers: the
-  multiply-add units' peak is reached here or nowhere;
+  multiply-add units' peak is reached here or nowhere; and `row_and_tile_product`, for a single row;
 - `at`, an element's address: inner functions take addresses and strides, a register each, where an array takes seven;
 - the barrier at which threads meet.
 
@@ -53,6 +53,9 @@ LANES = {types.float32: VECTOR_BYTES // 4, types.float64: VECTOR_BYTES // 8}
 LANES_OF = {np.dtype(str(dtype)): count for dtype, count in LANES.items()}
 VECS = 4
 ROWS = 6 if REGISTERS == 32 else 3 if FUSED else 2
+# One row waits for its weights: several panels at once are several streams of them, and a tile of RIDER_ROWS by one
+# vector rides along.
+ROW_PANELS, RIDER_ROWS = (4, 12) if REGISTERS == 32 else (2, 4)
 
 
 class Vector(types.Type):
@@ -219,6 +222,19 @@ def transpose(typing, source, source_row, target, target_row):
     return types.void(source, types.int64, target, types.int64), codegen
 
 
+def _offset(builder, address, stride, n):
+    return builder.gep(address, [builder.mul(stride, I64(n)) if isinstance(stride, ir.Value) else I64(stride * n)])
+
+
+def _multiply_add(builder, sums, numbers, right):
+    """``sums[i, j] += numbers[i] * right[j]``: sums in memory that LLVM turns into registers, numbers by address."""
+    for i, number in enumerate(numbers):
+        number = _splat(builder, builder.load(number), right[0].type.count)
+        for j, vector in enumerate(right):
+            s = sums[i * len(right) + j]
+            builder.store(_fma(builder, number, vector, builder.load(s)), s)
+
+
 @intrinsic
 def tile_product(typing, rows, vecs, n, start, start_row, target, target_row, left, packed, packed_panel, K):
     """``target = start + left @ packed``, one tile of ``rows`` rows and ``n`` columns, in ``vecs`` vectors a row.
@@ -226,75 +242,63 @@ def tile_product(typing, rows, vecs, n, start, start_row, target, target_row, le
     start, target: addresses of matrices with ``*_row`` numbers from row to row (0: one row for all).
     left: ``Left(address, row, k, blocks, block)`` as `gemm` describes it.
     packed: address of a panel of ``left.blocks * K`` rows, a tile wide.
-    rows: at most `ROWS`. vecs: 1, 2 or `VECS`, enough for n; or, for one row, four whole panels at once, which lie
-    ``packed_panel`` numbers apart, and so do start's and target's, ``*_row`` numbers apart.
+    rows: at most `ROWS`. vecs: 1, 2 or `VECS`, enough for n; or, for one row, `ROW_PANELS` whole panels at once, which
+    lie ``packed_panel`` numbers apart, and so do start's and target's, ``*_row`` numbers apart.
 
     A number of the product is one chain of multiply-adds, over k in ascending order.
     """
-    shapes = [(r, v) for r in range(1, ROWS + 1) for v in sorted({1, 2, VECS})] + [(1, 4 * VECS)]
+    shapes = [(r, v) for r in range(1, ROWS + 1) for v in (1, 2, VECS)] + [(1, ROW_PANELS * VECS)]
+    L = LANES[packed.dtype]
 
-    def generate(builder, r, v, sums, args):
+    def generate(builder, r, v, args):
         n, start, start_row, target, target_row, (a, a_row, a_k, blocks, a_block), p, p_panel, K = args
-        lanes = LANES[packed.dtype]
-        panels = max(1, v // VECS)
+        sums = [cgutils.alloca_once(builder, _vector(start.type.pointee)) for _ in range(r * v)]
         places = [(i, j) for i in range(r) for j in range(v)]
 
-        def place(base, row, i, j):
-            step = builder.mul(row, I64(i if panels == 1 else j // VECS))
-            return builder.gep(builder.gep(base, [step]), [I64(j % VECS * lanes)])
+        def place(base, stride, i, j):
+            return _offset(builder, _offset(builder, base, stride, i if v <= VECS else j // VECS), L, j % VECS)
 
         def each(whole, part):
-            """Do ``whole(sum, place)``, or ``part(sum, place, columns)`` where the tile is cut by the matrix's edge."""
+            """Do ``whole(sum, place)``, or ``part(sum, place, columns)`` where the matrix's edge cuts the tile."""
             if v < VECS:
                 for s, (i, j) in zip(sums, places):
-                    part(s, (i, j), builder.sub(n, I64(j * lanes)))
+                    part(s, (i, j), builder.sub(n, I64(j * L)))
                 return
-            with builder.if_else(builder.icmp_signed(">=", n, I64(v * lanes))) as (then, otherwise):
+            with builder.if_else(builder.icmp_signed(">=", n, I64(v * L))) as (then, otherwise):
                 with then:
                     for s, (i, j) in zip(sums, places):
                         whole(s, (i, j))
                 with otherwise:
                     for s, (i, j) in zip(sums, places):
-                        part(s, (i, j), builder.sub(n, I64(j * lanes)))
-
-        def first(i, j):
-            return place(start, start_row, i, j)
-
-        def last(i, j):
-            return place(target, target_row, i, j)
+                        part(s, (i, j), builder.sub(n, I64(j * L)))
 
         each(
-            lambda s, at: builder.store(_load(builder, first(*at)), s),
-            lambda s, at, n: builder.store(_load_part(builder, first(*at), n), s),
+            lambda s, ij: builder.store(_load(builder, place(start, start_row, *ij)), s),
+            lambda s, ij, n: builder.store(_load_part(builder, place(start, start_row, *ij), n), s),
         )
         with cgutils.for_range(builder, blocks) as q, cgutils.for_range(builder, K) as k:
-            row = builder.mul(builder.add(builder.mul(q.index, K), k.index), I64(VECS * lanes))
-            right = builder.gep(p, [row])
-            right = [_load(builder, place(right, p_panel, 0, j)) for j in range(v)]
-            column = builder.add(builder.mul(q.index, a_block), builder.mul(k.index, a_k))
-            column = builder.gep(a, [column])
-            for i in range(r):
-                number = builder.load(builder.gep(column, [builder.mul(a_row, I64(i))]))
-                number = _splat(builder, number, lanes)
-                for j in range(v):
-                    s = sums[i * v + j]
-                    builder.store(_fma(builder, number, right[j], builder.load(s)), s)
+            row = builder.gep(p, [builder.mul(builder.add(builder.mul(q.index, K), k.index), I64(VECS * L))])
+            right = [_load(builder, place(row, p_panel, 0, j)) for j in range(v)]
+            column = builder.gep(a, [builder.add(builder.mul(q.index, a_block), builder.mul(k.index, a_k))])
+            _multiply_add(builder, sums, [_offset(builder, column, a_row, i) for i in range(r)], right)
+            if r > 1:
+                # No code, but LLVM unrolls no loop with it: a tall tile gains nothing by it, and compiles for longer.
+                builder.asm(ir.FunctionType(ir.VoidType(), []), "", "", [], True)
         each(
-            lambda s, at: _store(builder, builder.load(s), last(*at)),
-            lambda s, at, n: _store_part(builder, builder.load(s), last(*at), n),
+            lambda s, ij: _store(builder, builder.load(s), place(target, target_row, *ij)),
+            lambda s, ij, n: _store_part(builder, builder.load(s), place(target, target_row, *ij), n),
         )
 
     def codegen(context, builder, signature, args):
         rows, vecs, *rest = args
         rest[5] = [builder.extract_value(rest[5], i) for i in range(5)]
-        vector = _vector(rest[1].type.pointee)
         done = builder.append_basic_block("done")
         switch = builder.switch(builder.add(builder.mul(rows, I64(64)), vecs), done)
         for r, v in shapes:
             block = builder.append_basic_block(f"tile.{r}.{v}")
             switch.add_case(I64(r * 64 + v), block)
             builder.position_at_end(block)
-            generate(builder, r, v, [cgutils.alloca_once(builder, vector) for _ in range(r * v)], rest)
+            generate(builder, r, v, rest)
             builder.branch(done)
         builder.position_at_end(done)
         return context.get_dummy_value()
@@ -302,6 +306,61 @@ def tile_product(typing, rows, vecs, n, start, start_row, target, target_row, le
     integers = (types.int64,) * 3
     kinds = (*integers, start, types.int64, target, types.int64, left, packed, types.int64, types.int64)
     return types.void(*kinds), codegen
+
+
+@intrinsic
+def row_and_tile_product(
+    typing, target, target_panel, a, packed, packed_panel, K, tile_start, tile, left, left_row, right, tile_K
+):
+    """Two products at once: one that waits for memory, and one that keeps the multiply-add units busy meanwhile.
+
+    ``target += a @ packed`` for a row ``a`` of K numbers and `ROW_PANELS` panels, ``packed_panel`` numbers apart.
+    ``tile = tile_start + left @ right`` for `RIDER_ROWS` rows, ``left_row`` numbers apart, and one vector of columns:
+    tile_start is one vector, tile and right lie in panels, a tile wide, and right has ``tile_K`` rows.
+    Each number is summed as in `tile_product`.
+    """
+    L = LANES[packed.dtype]
+    W = VECS * L
+
+    def codegen(context, builder, signature, args):
+        target, target_panel, a, packed, packed_panel, K, tile_start, tile, left, left_row, right, tile_K = args
+        vector = _vector(target.type.pointee)
+        sums = [cgutils.alloca_once(builder, vector) for _ in range(ROW_PANELS * VECS)]
+        tile_sums = [cgutils.alloca_once(builder, vector) for _ in range(RIDER_ROWS)]
+
+        def place(base, panel, j):
+            return _offset(builder, _offset(builder, base, panel, j // VECS), L, j % VECS)
+
+        def row_step(k):
+            row = builder.gep(packed, [builder.mul(k, I64(W))])
+            weights = [_load(builder, place(row, packed_panel, j)) for j in range(len(sums))]
+            _multiply_add(builder, sums, [builder.gep(a, [k])], weights)
+
+        def tile_step(k):
+
+            numbers = [builder.gep(_offset(builder, left, left_row, i), [k]) for i in range(RIDER_ROWS)]
+            _multiply_add(builder, tile_sums, numbers, [_load(builder, builder.gep(right, [builder.mul(k, I64(W))]))])
+
+        for j, s in enumerate(sums):
+            builder.store(_load(builder, place(target, target_panel, j)), s)
+        for s in tile_sums:
+            builder.store(_load(builder, tile_start), s)
+        both = builder.select(builder.icmp_signed("<", K, tile_K), K, tile_K)
+        with cgutils.for_range(builder, both) as loop:
+            row_step(loop.index)
+            tile_step(loop.index)
+        with cgutils.for_range(builder, builder.sub(K, both)) as loop:
+            row_step(builder.add(loop.index, both))
+        with cgutils.for_range(builder, builder.sub(tile_K, both)) as loop:
+            tile_step(builder.add(loop.index, both))
+        for j, s in enumerate(sums):
+            _store(builder, builder.load(s), place(target, target_panel, j))
+        for i, s in enumerate(tile_sums):
+            _store(builder, builder.load(s), _offset(builder, tile, W, i))
+        return context.get_dummy_value()
+
+    n = types.int64
+    return types.void(target, n, a, packed, n, n, tile_start, tile, left, n, right, n), codegen
 
 
 # Arithmetic. A Python number takes the vector's dtype, so that an equation reads as it is written.

@@ -96,6 +96,8 @@ def test_the_same_bits_for_any_number_of_threads(sizes, cut, dtype, shares):
 
 
 def test_shares_cover_everything_once(dtype):
+    """And none is empty: the barrier inside the kernels counts on units to do for every party."""
+    batching.set_num_threads(64)
     for B in (1, 3, 8, 30):
         for H in (1, 17, 129, 300):
             for parties in range(1, batching.parties_for(1e9, B, H, dtype) + 1):
@@ -103,6 +105,8 @@ def test_shares_cover_everything_once(dtype):
                 done = np.zeros((B, units), int)
                 for me in range(parties):
                     b0, b1, u0, u1, _, _ = batching.share_of(me, parties, B, H, dtype)
+                    assert b0 < b1
+                    assert u0 < u1
                     done[b0:b1, u0:u1] += 1
                 assert (done == 1).all(), (B, H, parties)
 

@@ -147,7 +147,7 @@ def test_initial_parameters_are_distributed_as_torchs():
 @pytest.mark.parametrize("D", [1, 17, 65])
 def test_embedding_takes_rows_and_adds_gradients(shape, D, dtype, rng):
     embedding = Embedding(11, D, dtype=dtype, seed=0)
-    indices = rng.integers(0, 11, shape, dtype=np.uint8)
+    indices = rng.integers(0, 11, shape, dtype=np.uint8 if D == 17 else np.int64)
     y, pullback = embedding.vjp(indices)
     assert_same_bits(y, embedding.weight[indices])
     assert_same_bits(embedding(indices), y)
