@@ -1,4 +1,12 @@
-"""Recurrent networks at the speed of the silicon."""
+"""Recurrent networks at the speed of the silicon: layers on NumPy arrays, run by Numba kernels.
+
+>>> import numpy as np
+>>> import fastrnn
+>>> lstm = fastrnn.LSTM(input_size=64, hidden_size=128)
+>>> y, (h_n, c_n) = lstm(np.zeros((10, 32, 64), np.float32))
+>>> y.shape
+(10, 32, 128)
+"""
 
 from pathlib import Path
 
@@ -6,8 +14,28 @@ if not (Path(__file__).parent / "kernels").is_dir():
     # A checkout: `kernels/` lies beside this package; an installation has it inside.
     __path__.append(str(Path(__file__).parent.parent))
 
-from .batching import get_num_threads, set_num_threads
-from .layers import LSTM
-
 __version__ = "0.1.0"
-__all__ = ["LSTM", "get_num_threads", "set_num_threads"]
+
+from . import losses, models, optim, training
+from .batching import get_num_threads, set_num_threads
+from .heads import Embedding, Linear
+from .layers import LSTM
+from .losses import cross_entropy
+from .models import LanguageModel
+from .optim import clip_grad_norm, clip_grad_value
+
+__all__ = [
+    "LSTM",
+    "Embedding",
+    "LanguageModel",
+    "Linear",
+    "clip_grad_norm",
+    "clip_grad_value",
+    "cross_entropy",
+    "get_num_threads",
+    "losses",
+    "models",
+    "optim",
+    "set_num_threads",
+    "training",
+]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from . import batching
-from .checks import as_array, as_kernel_array, describe, flag, float_dtype, positive, probability
+from .checks import as_array, as_kernel_array, as_seed, describe, flag, float_dtype, positive, probability
 from .kernels import lstm as lstm_kernels
 from .kernels.tile import LANES_OF, ROW_PANELS, VECS
 from .parameters import Array, Module, Parameters
@@ -67,7 +67,7 @@ class Recurrent(Module):
             "dropout": self.dropout,
             "dtype": self.dtype.name,
         }
-        self._rng = np.random.default_rng(seed)
+        self._rng = np.random.default_rng(as_seed(seed))
         bound = self.hidden_size**-0.5
         self.parameters = Parameters(
             {name: self._rng.uniform(-bound, bound, shape).astype(self.dtype) for name, shape in self._shapes()}

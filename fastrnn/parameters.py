@@ -7,7 +7,6 @@ packed copy, is made anew. Writing to it from outside raises, where it would oth
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -217,24 +216,18 @@ class Module:
 def write_file(path: str | os.PathLike[str], arrays: Mapping[str, Array], metadata: dict[str, str]) -> None:
     """Write a safetensors file beside ``path`` and move it there: whoever reads finds the old one or the new one."""
     path = Path(path)
-    content = to_bytes({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    content = to_bytes({name: np.asarray(array, order="C") for name, array in arrays.items()}, metadata)
+    # Always the same name: what a killed process leaves behind, the next one writes over.
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(partial, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        os.replace(partial, path)
     except BaseException:
-        os.unlink(temporary)
+        partial.unlink(missing_ok=True)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, str]]:
