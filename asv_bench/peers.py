@@ -196,23 +196,24 @@ def with_onnxruntime(case, weights, x, dy):
 
 
 @numba.njit(nogil=True, boundscheck=False, error_model="numpy")
-def tile_products(repeats, K, bias, left, packed, out):
+def tile_products(multiply, repeats, M, K, bias, left, packed, out):
     W = tile.width(tile.at(packed, 0))
     for _ in range(repeats):
         start, target = gemm.Panels(tile.at(bias, 0), W, 0), gemm.Panels(tile.at(out, 0), W, W)
         factor, weights = gemm.Left(tile.at(left, 0), K, 1, 1, 0), gemm.Panels(tile.at(packed, 0), K * W, W)
-        gemm.product(0, 1, W, tile.ROWS, start, target, factor, weights, K)
+        gemm.product(multiply, 0, 1, W, M, start, target, factor, weights, K)
 
 
 def peak_of_multiply_adds():
-    """The register tile on what a first-level cache holds, on all threads at once; and a call's operations."""
-    W, K, repeats = tile.VECS * tile.LANES_OF[np.dtype(np.float32)], 96, 20_000
-    rng, sizes = np.random.default_rng(0), (W, tile.ROWS * K, K * W, tile.ROWS * W)
+    """The register tile at its best, on all threads at once; and a call's operations."""
+    W, M, K, repeats = tile.VECS * tile.LANES_OF[np.dtype(np.float32)], 8 * tile.ROWS, 512, 500
+    rng, sizes = np.random.default_rng(0), (W, M * K, K * W, M * W)
     buffers = [[rng.standard_normal(n, np.float32) for n in sizes] for _ in range(THREADS)]
-    pool = ThreadPoolExecutor(THREADS)
-    peak = Implementation("peak", "", lambda: list(pool.map(lambda own: tile_products(repeats, K, *own), buffers)))
+    pool, multiply = ThreadPoolExecutor(THREADS), gemm.multiply_address("float32")
+    run = lambda own: tile_products(multiply, repeats, M, K, *own)  # noqa: E731
+    peak = Implementation("peak", "", lambda: list(pool.map(run, buffers)))
     peak.call()  # compiles
-    return peak, THREADS * repeats * 2 * tile.ROWS * W * K
+    return peak, THREADS * repeats * 2 * M * W * K
 
 
 def numbers(result):

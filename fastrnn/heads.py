@@ -8,6 +8,7 @@ import numpy as np
 from . import batching
 from .checks import as_array, as_indices, as_kernel_array, as_seed, flag, float_dtype, positive
 from .kernels import linear as kernels
+from .kernels.gemm import multiply_address
 from .kernels.tile import LANES_OF, VECS
 from .parameters import Array, Module, Parameters
 
@@ -149,12 +150,12 @@ class Linear(Module):
 
     def _forward(self, x: Array, save: bool) -> tuple[Array, Array]:
         M, W = len(x), VECS * LANES_OF[self.dtype]
-        packed = self.parameters.derived("forward", self._pack_forward)
+        packed, multiply = self.parameters.derived("forward", self._pack_forward), multiply_address(self.dtype.name)
         y = np.empty((M, self.out_features), self.dtype)
         xs = batching.empty(self._panels(self.in_features) * M * W if save else 0, self.dtype)
 
         def call(me: int, parties: int, barrier: Array) -> None:
-            kernels.forward(x, packed, y, xs, save, me, parties, barrier)
+            kernels.forward(x, packed, y, xs, save, me, parties, barrier, multiply)
 
         batching.together(self._parties(M, 1), call)
         return y, xs
@@ -175,7 +176,7 @@ class Linear(Module):
         """
         x, shape = self._rows(x, "x")
         y, xs = self._forward(x, save=True)
-        packed = self.parameters.derived("backward", self._pack_backward)
+        packed, multiply = self.parameters.derived("backward", self._pack_backward), multiply_address(self.dtype.name)
         M = len(x)
 
         def pullback(dy: Array) -> tuple[Array, dict[str, Array]]:
@@ -185,7 +186,7 @@ class Linear(Module):
             db = np.empty(self.out_features, self.dtype)
 
             def call(me: int, parties: int, barrier: Array) -> None:
-                kernels.backward(dy, xs, packed, dx, dw, db, me, parties, barrier)
+                kernels.backward(dy, xs, packed, dx, dw, db, me, parties, barrier, multiply)
 
             batching.together(self._parties(M, 2), call)
             grads = {"weight": dw, "bias": db} if self.config["bias"] else {"weight": dw}

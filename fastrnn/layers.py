@@ -13,6 +13,7 @@ import numpy as np
 from . import batching
 from .checks import as_array, as_kernel_array, as_seed, describe, flag, float_dtype, positive, probability
 from .kernels import lstm as lstm_kernels
+from .kernels.gemm import multiply_address
 from .kernels.tile import LANES_OF, ROW_PANELS, VECS
 from .parameters import Array, Module, Parameters
 
@@ -271,11 +272,12 @@ class LSTM(Recurrent):
         chunk, size = lstm_plan(T, B, I, H, LANES_OF[dtype], save)
         y = np.empty((T, B, H), dtype)
         buffer = batching.empty(size, dtype)
+        multiply = multiply_address(dtype.name)
         (h_0, c_0), (h_n, c_n) = before, after
 
         def call(me: int, parties: int, barrier: Array) -> None:
             share = batching.share_of(me, parties, B, H, dtype)
-            lstm_kernels.forward(x, h_0, c_0, packed, y, c_n, buffer, save, chunk, share, barrier)
+            lstm_kernels.forward(x, h_0, c_0, packed, y, c_n, buffer, save, chunk, share, barrier, multiply)
 
         work = T * B * 4 * H * (I + H)
         batching.together(batching.parties_for(work, B, H, dtype), call)
@@ -298,7 +300,7 @@ class LSTM(Recurrent):
                 share = batching.share_of(me, parties, B, H, dtype)
                 lstm_kernels.backward(
                     dy, dh_n, dc_n, packed_back, buffer, dx, dh_0, dc_0, dw_ih, dw_hh, db,
-                    space, buffers, chunk, back, share, barrier,
+                    space, buffers, chunk, back, share, barrier, multiply,
                 )  # fmt: skip
 
             batching.together(parties, call)
@@ -311,11 +313,11 @@ class LSTM(Recurrent):
 
     def _step(self, x: Array, before: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
         h, c = before[0].copy(), before[1].copy()
-        B, lanes = len(x), LANES_OF[self.dtype]
+        B, lanes, multiply = len(x), LANES_OF[self.dtype], multiply_address(self.dtype.name)
         gates = batching.empty(-(-self.hidden_size // lanes) * B * VECS * lanes, self.dtype)
         for k in range(self.num_layers):
             packed = self.parameters.derived(("forward", k), partial(self._pack_forward, k))
-            lstm_kernels.step(x, h[k], c[k], packed, gates)
+            lstm_kernels.step(x, h[k], c[k], packed, gates, multiply)
             x = h[k]
         return h[-1:].copy(), (h, c)
 

@@ -18,21 +18,29 @@ SOURCE_STAMP = _source_stamp()
 OPTIONS = {"nogil": True, "boundscheck": False, "error_model": "numpy", "fastmath": False}
 
 
-def kernel(function):
+def kernel(function=None, **options):
     """Compile ``function`` with the options that every kernel shares.
 
     What is compiled is kept in ``NUMBA_CACHE_DIR``, beside the source or in the user's cache folder; where none of
     these can be written, it is compiled anew in every process. Numba's cache looks at the file that a function stands
     in; here an edit of any kernel's file makes it stale.
     """
+    if function is None:
+        return lambda function: kernel(function, **options)
     try:
-        dispatcher = numba.njit(cache=True, **OPTIONS)(function)
+        dispatcher = numba.njit(cache=True, **OPTIONS, **options)(function)
     except RuntimeError:  # there is no folder to cache in
-        return numba.njit(**OPTIONS)(function)
+        return numba.njit(**OPTIONS, **options)(function)
     cache_file = getattr(dispatcher._cache, "_cache_file", None)
     if cache_file is not None:
         cache_file._source_stamp = SOURCE_STAMP
     return dispatcher
+
+
+def address_of(dispatcher, signature):
+    """The address of a kernel's C function for a signature, compiled now if it has not been."""
+    result = dispatcher.get_compile_result(signature)
+    return result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
 
 
 def part(function=None, *, inline=True):

@@ -6,13 +6,17 @@ over ``k`` in ascending order, whatever the number of rows, so a row gives the s
 """
 
 from collections import namedtuple
+from functools import lru_cache
 
-from .compiler import part
+from numba import types
+
+from .compiler import address_of, kernel, part
 from .tile import (
     ROW_PANELS,
     ROWS,
     VECS,
     at,
+    call,
     lanes,
     load_part,
     load_whole,
@@ -53,23 +57,52 @@ def store(vector, address, n):
         store_part(vector, address, n)
 
 
-@part(inline=False)
-def product(first, last, N, M, start, target, left, packed, K):
+@part
+def product(multiply, first, last, N, M, start, target, left, packed, K):
     """``target = start + left @ packed`` for the panels ``first`` to ``last`` of a matrix of M rows, N columns.
 
+    multiply: `multiply_address` of the dtype.
     start, target: `Panels`, which may be the same; target is written, nothing past column N.
     left: `Left`, M rows of ``left.blocks * K`` numbers.
     packed: `Panels` of as many rows, one after another.
     """
-    W, L = width(packed.address), lanes(packed.address)
+    s = start.address, start.panel, start.row
+    c = target.address, target.panel, target.row
+    a = left.address, left.row, left.k, left.blocks, left.block
+    call(multiply, (first, last, N, M, *s, *c, *a, packed.address, packed.panel, K))
+
+
+@kernel(no_cpython_wrapper=True)
+def _multiply(
+    first,
+    last,
+    N,
+    M,
+    start,
+    s_panel,
+    s_row,
+    target,
+    c_panel,
+    c_row,
+    left,
+    a_row,
+    a_k,
+    blocks,
+    block,
+    packed,
+    p_panel,
+    K,
+):
+    """The work of `product`, as a C function: compiled once for all kernels, which would each compile it again."""
+    W, L = width(packed), lanes(packed)
     p = first
     while p < last:
-        s, s_row = at(start.address, p * start.panel), start.row
-        c, c_row = at(target.address, p * target.panel), target.row
+        s, s_step = at(start, p * s_panel), s_row
+        c, c_step = at(target, p * c_panel), c_row
         # One row waits for its weights: with several panels at once, several streams of them are under way.
         several = M == 1 and p + ROW_PANELS <= last and (p + ROW_PANELS) * W <= N
         if several:
-            n, vecs, s_row, c_row = ROW_PANELS * W, ROW_PANELS * VECS, start.panel, target.panel
+            n, vecs, s_step, c_step = ROW_PANELS * W, ROW_PANELS * VECS, s_panel, c_panel
         else:
             n = min(W, N - p * W)
             vecs = VECS if n > 2 * L else 2 if n > L else 1
@@ -77,13 +110,19 @@ def product(first, last, N, M, start, target, left, packed, K):
         for tiles in range((M + ROWS - 1) // ROWS, 0, -1):
             # Tiles of nearly the same height: full ones and a thin rest would leave the rest slow.
             rows = (M - i + tiles - 1) // tiles
-            a = Left(at(left.address, i * left.row), left.row, left.k, left.blocks, left.block)
-            weights = at(packed.address, p * packed.panel)
-            tile_product(
-                rows, vecs, n, at(s, i * s_row), s_row, at(c, i * c_row), c_row, a, weights, packed.panel, K
-            )  # fmt: skip
+            a = Left(at(left, i * a_row), a_row, a_k, blocks, block)
+            si, ci = at(s, i * s_step), at(c, i * c_step)
+            tile_product(rows, vecs, n, si, s_step, ci, c_step, a, at(packed, p * p_panel), p_panel, K)
             i += rows
         p += ROW_PANELS if several else 1
+
+
+@lru_cache(None)
+def multiply_address(dtype):
+    """What `product` calls for arrays of a dtype: an address, valid in this process."""
+    n, number = types.int64, types.CPointer(types.float32 if dtype == "float32" else types.float64)
+    panels = (number, n, n)
+    return address_of(_multiply, types.void(n, n, n, n, *panels, *panels, number, n, n, n, n, number, n, n))
 
 
 @part

@@ -8,7 +8,7 @@ width of a panel; ``PN`` and ``PK`` are the panels of N and K columns.
     xs (PK, M, W)               x in panels, which `forward` saves for `backward`
 
 Threads: number ``me`` of ``parties`` calls that run at once does a share of the rows or, of few rows, of the panels,
-and of the weight's gradient by tiles. The bits do not depend on the cut.
+and of the weight's gradient by tiles. The bits do not depend on the cut. ``multiply`` is `gemm.multiply_address`.
 """
 
 from .compiler import kernel
@@ -40,7 +40,7 @@ def pack_backward(w, out):
 
 
 @kernel
-def forward(x, packed, y, xs, save, me, parties, barrier):
+def forward(x, packed, y, xs, save, me, parties, barrier, multiply):
     """``y = x @ w.T + bias``, saving for `backward` if ``save``. y is written, and xs if ``save``."""
     M, K = x.shape
     N = y.shape[1]
@@ -52,12 +52,12 @@ def forward(x, packed, y, xs, save, me, parties, barrier):
     if parties * ROWS > M:
         r0, r1, p0, p1 = 0, M, me * PN // parties, (me + 1) * PN // parties
     bias, w = Panels(at(packed, 0), W, 0), Panels(at(packed, PN * W), K * W, W)
-    product(p0, p1, N, r1 - r0, bias, Panels(at(y, r0 * N), W, N), Left(at(x, r0 * K), K, 1, 1, 0), w, K)
+    product(multiply, p0, p1, N, r1 - r0, bias, Panels(at(y, r0 * N), W, N), Left(at(x, r0 * K), K, 1, 1, 0), w, K)
     meet(barrier, parties)
 
 
 @kernel
-def backward(dy, xs, packed, dx, dw, db, me, parties, barrier):
+def backward(dy, xs, packed, dx, dw, db, me, parties, barrier, multiply):
     """The gradients by x, weight and bias. dy (M, N), xs, packed (`pack_backward`) are read.
 
     dx (M, K), dw (N, K), db (N) are written. Each number of dw and db is summed over the rows in ascending order.
@@ -70,7 +70,7 @@ def backward(dy, xs, packed, dx, dw, db, me, parties, barrier):
 
     r0, r1 = me * M // parties, (me + 1) * M // parties
     w = Panels(at(packed, W), PN * W * W, W)
-    product(0, PK, K, r1 - r0, nothing, Panels(at(dx, r0 * K), W, K), Left(at(dy, r0 * N), N, 1, 1, 0), w, N)
+    product(multiply, 0, PK, K, r1 - r0, nothing, Panels(at(dx, r0 * K), W, K), Left(at(dy, r0 * N), N, 1, 1, 0), w, N)
 
     group = 2 * ROWS
     groups = (N + group - 1) // group
@@ -81,7 +81,9 @@ def backward(dy, xs, packed, dx, dw, db, me, parties, barrier):
             p, n = item // groups, item % groups * group
             target = Panels(at(dw, n * K), W, K)
             left = Left(at(dy, first * N + n), 1, N, 1, 0)
-            product(p, p + 1, K, min(group, N - n), nothing if first == 0 else target, target, left, source, rows)
+            product(
+                multiply, p, p + 1, K, min(group, N - n), nothing if first == 0 else target, target, left, source, rows
+            )
 
     vectors = (N + L - 1) // L
     for v in range(me * vectors // parties, (me + 1) * vectors // parties):

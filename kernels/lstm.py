@@ -22,6 +22,8 @@ The input's share of the gates needs no recurrence: it is computed for a chunk o
 Threads. ``share = (b0, b1, u0, u1, me, parties)`` is what a call does: rows b0 to b1 of the batch and units u0 L to
 u1 L, as number ``me`` of ``parties`` calls that run at once and meet at ``barrier`` (`tile.meet`). Shares cut either
 the batch or the units (at multiples of W), not both. The bits do not depend on the cut.
+
+``multiply`` is `gemm.multiply_address` of the dtype.
 """
 
 from .activations import sigmoid, tanh
@@ -109,7 +111,7 @@ def layout(T, B, I, H, L, chunk, save):
 
 
 @kernel
-def forward(x, h_0, c_0, packed, y, c_n, buffer, save, chunk, share, barrier):
+def forward(x, h_0, c_0, packed, y, c_n, buffer, save, chunk, share, barrier, multiply):
     """``y, c_n``: the LSTM over a sequence, saving for `backward` if ``save``. h_n is the last step of y.
 
     y, c_n and buffer (`layout`) are written.
@@ -146,7 +148,7 @@ def forward(x, h_0, c_0, packed, y, c_n, buffer, save, chunk, share, barrier):
             for s in range(steps):
                 target = Panels(at(chunk_gates, (s * B + b0 + ahead) * W), slab, W)
                 left = Left(at(x, ((first + s) * B + b0 + ahead) * I), I, 1, 1, 0)
-                product(u, u + 1, U * W, rows, bias, target, left, w_ih, I)
+                product(multiply, u, u + 1, U * W, rows, bias, target, left, w_ih, I)
 
         # A single sequence waits for W_hh to be read. Meanwhile, tile by tile, it does part of the next chunk's input.
         rider, riders, next_slab = 0, 0, 0
@@ -178,7 +180,7 @@ def forward(x, h_0, c_0, packed, y, c_n, buffer, save, chunk, share, barrier):
                     )  # fmt: skip
                     rider += 1
                 else:
-                    product(lo, hi, U * W, b1 - b0, target, target, Left(h, H, 1, 1, 0), w_hh, H)
+                    product(multiply, lo, hi, U * W, b1 - b0, target, target, Left(h, H, 1, 1, 0), w_hh, H)
                 for u in range(lo, hi):
                     for b in range(b0, b1):
                         a, c_t = at(g_t, u * slab + b * W), at(c, t * c_step + (u * B + b) * L)
@@ -197,7 +199,7 @@ def forward(x, h_0, c_0, packed, y, c_n, buffer, save, chunk, share, barrier):
 
 
 @part(inline=False)
-def _weight_gradient(d, slab, rows, H, N, source, dw, nothing, fresh, me, parties):
+def _weight_gradient(d, slab, rows, H, N, source, dw, nothing, fresh, me, parties, multiply):
     """``dw (+)= d.T @ source`` over so many rows, this party's tiles of it.
 
     d: address of the gates' gradients in panels (U, slab); source: `Panels` (rows, N); dw: address of (4 H, N), which
@@ -211,7 +213,7 @@ def _weight_gradient(d, slab, rows, H, N, source, dw, nothing, fresh, me, partie
         p, u, g = item // (U * GATES), item // GATES % U, item % GATES
         left = Left(at(d, u * slab + g * L), 1, W, 1, 0)
         target = Panels(at(dw, (g * H + u * L) * N), W, N)
-        product(p, p + 1, N, min(L, H - u * L), nothing if fresh else target, target, left, source, rows)
+        product(multiply, p, p + 1, N, min(L, H - u * L), nothing if fresh else target, target, left, source, rows)
 
 
 @part(inline=False)
@@ -246,7 +248,24 @@ def work_layout(B, H, L, back, buffers):
 
 @kernel
 def backward(
-    dy, dh_n, dc_n, packed, buffer, dx, dh_0, dc_0, dw_ih, dw_hh, db, work, buffers, chunk, back, share, barrier
+    dy,
+    dh_n,
+    dc_n,
+    packed,
+    buffer,
+    dx,
+    dh_0,
+    dc_0,
+    dw_ih,
+    dw_hh,
+    db,
+    work,
+    buffers,
+    chunk,
+    back,
+    share,
+    barrier,
+    multiply,
 ):
     """Backpropagation through time. ``buffer``, as `forward` saved it, is read, and may be read again.
 
@@ -318,7 +337,7 @@ def backward(
             if u1 - u0 < U:
                 meet(barrier, parties)
             left = Left(at(d, (row0 + b0) * W), W, 1, U, slab)
-            product(p0, p1, PH * W, b1 - b0, nothing, Panels(at(dh, b0 * W), B * W, W), left, w_hh, W)
+            product(multiply, p0, p1, PH * W, b1 - b0, nothing, Panels(at(dh, b0 * W), B * W, W), left, w_hh, W)
         meet(barrier, parties)
 
         rows = n * B
@@ -326,12 +345,12 @@ def backward(
         target = Panels(at(dx, (first * B + r0) * I), W, I)
         left = Left(at(d, r0 * W), W, 1, U, slab)
         for p in range(PI):
-            product(p, p + 1, I, r1 - r0, nothing, target, left, w_ih, W)
+            product(multiply, p, p + 1, I, r1 - r0, nothing, target, left, w_ih, W)
         fresh = last == T
         source = Panels(at(xs, first * B * W), T * B * W, W)
-        _weight_gradient(d, slab, rows, H, I, source, at(dw_ih, 0), nothing, fresh, me, parties)
+        _weight_gradient(d, slab, rows, H, I, source, at(dw_ih, 0), nothing, fresh, me, parties, multiply)
         source = Panels(at(hs, first * B * W), (T + 1) * B * W, W)
-        _weight_gradient(d, slab, rows, H, H, source, at(dw_hh, 0), nothing, fresh, me, parties)
+        _weight_gradient(d, slab, rows, H, H, source, at(dw_hh, 0), nothing, fresh, me, parties, multiply)
         _bias_gradient(d, slab, rows, H, at(db, 0), fresh, me, parties)
         last = first
         flip = (flip + 1) % buffers
@@ -345,7 +364,7 @@ def backward(
 
 
 @kernel
-def step(x, h, c, packed, gates):
+def step(x, h, c, packed, gates, multiply):
     """One step for a batch. x (B, I); h, c (B, H): replaced by the new ones; gates (U B W): workspace."""
     B, I = x.shape
     H = h.shape[1]
@@ -357,8 +376,8 @@ def step(x, h, c, packed, gates):
     stride = min(U, VECS)
     for u in range(0, U, stride):
         last = min(u + stride, U)
-        product(u, last, U * W, B, bias, target, Left(at(x, 0), I, 1, 1, 0), w_ih, I)
-        product(u, last, U * W, B, target, target, Left(at(h, 0), H, 1, 1, 0), w_hh, H)
+        product(multiply, u, last, U * W, B, bias, target, Left(at(x, 0), I, 1, 1, 0), w_ih, I)
+        product(multiply, u, last, U * W, B, target, target, Left(at(h, 0), H, 1, 1, 0), w_hh, H)
     for u in range(U):
         for b in range(B):
             a, here = at(gates, (u * B + b) * W), b * H + u * L

@@ -161,6 +161,19 @@ def width(typing, address):
 
 
 @intrinsic
+def call(typing, function, arguments):
+    """Call the C function at an address, with a tuple of arguments and no result."""
+
+    def codegen(context, builder, signature, args):
+        arguments_ = [builder.extract_value(args[1], i) for i in range(len(arguments))]
+        kind = ir.FunctionType(ir.VoidType(), [a.type for a in arguments_])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), arguments_)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, arguments), codegen
+
+
+@intrinsic
 def load_whole(typing, address):
     """The vector at ``address``, which need not be aligned."""
     return Vector(address.dtype)(address), lambda context, builder, signature, args: _load(builder, *args)

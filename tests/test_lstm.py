@@ -6,6 +6,7 @@ import numpy as np
 import oracle
 import pytest
 from fastrnn.kernels import lstm
+from fastrnn.kernels.gemm import multiply_address
 from fastrnn.kernels.tile import LANES_OF, VECS
 from oracle import assert_close, assert_same_bits
 
@@ -27,7 +28,7 @@ def run(parameters, x, h_0, c_0, gradients=None, parties=1, chunk=2, back=3):
     """
     T, B, I = x.shape
     H, dtype = h_0.shape[1], x.dtype
-    L, save = LANES_OF[dtype], gradients is not None
+    L, save, multiply = LANES_OF[dtype], gradients is not None, multiply_address(dtype.name)
     W, U = VECS * L, -(-H // L)
 
     def nan(*shape):
@@ -40,7 +41,7 @@ def run(parameters, x, h_0, c_0, gradients=None, parties=1, chunk=2, back=3):
 
     def forward(me, barrier):
         share = batching.share_of(me, parties, B, H, dtype)
-        lstm.forward(x, h_0, c_0, packed, out["y"], out["c_n"], buffer, save, chunk, share, barrier)
+        lstm.forward(x, h_0, c_0, packed, out["y"], out["c_n"], buffer, save, chunk, share, barrier, multiply)
 
     on_threads(parties, forward)
     if not save:
@@ -57,7 +58,7 @@ def run(parameters, x, h_0, c_0, gradients=None, parties=1, chunk=2, back=3):
         share = batching.share_of(me, parties, B, H, dtype)
         written = (out[name] for name in ("dx", "dh_0", "dc_0", "dw_ih", "dw_hh", "db"))
         lstm.backward(
-            dy, dh_n, dc_n, packed_back, buffer, *written, work, buffers, chunk, back, share, barrier
+            dy, dh_n, dc_n, packed_back, buffer, *written, work, buffers, chunk, back, share, barrier, multiply
         )  # fmt: skip
 
     on_threads(parties, backward)
@@ -133,7 +134,7 @@ def test_steps_make_a_sequence(B, H, dtype):
     h, c = memory[1], memory[3]
     h[:], c[:] = h_0, c_0
     for x_t, y_t in zip(x, expected["y"]):
-        lstm.step(x_t, h, c, packed, np.full(U * B * W, np.nan, dtype))
+        lstm.step(x_t, h, c, packed, np.full(U * B * W, np.nan, dtype), multiply_address(dtype.name))
         assert_same_bits(h, y_t)
     assert_same_bits(c, expected["c_n"])
     assert np.isnan(memory[::2]).all()
