@@ -87,7 +87,7 @@ def _default_num_threads() -> int:
     text = os.environ.get("FASTRNN_NUM_THREADS")
     if text is None:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if not text.strip().isdigit() or int(text) < 1:
+    if not text.isascii() or not text.strip().isdigit() or int(text) < 1:
         raise ValueError(f"FASTRNN_NUM_THREADS: expected a whole number of at least 1, got {text!r}")
     return int(text)
 

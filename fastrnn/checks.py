@@ -33,7 +33,11 @@ def number(value: Any, name: str, least: float = -np.inf, most: float = np.inf) 
     """A finite number from ``least`` to ``most``."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
-    if not least <= value <= most or not np.isfinite(value):
+    try:
+        finite = np.isfinite(float(value))
+    except OverflowError:  # an int past the largest float
+        finite = False
+    if not finite or not least <= value <= most:
         raise ValueError(f"{name}: expected a number from {least} to {most}, got {value}")
     return float(value)
 
@@ -58,11 +62,12 @@ def flag(value: Any, name: str) -> bool:
 
 
 def float_dtype(value: Any) -> np.dtype:
+    # None would be float64 to NumPy, also where it only compares.
     try:
-        dtype = np.dtype(value)
+        dtype = np.dtype("V") if value is None else np.dtype(value)
     except TypeError:
-        dtype = None
-    if value is None or dtype not in DTYPES:
+        dtype = np.dtype("V")
+    if dtype not in DTYPES:
         raise TypeError(f"dtype: expected float32 or float64, got {value!r}")
     return dtype
 

@@ -101,11 +101,9 @@ class Recurrent(Module):
         batched = x.ndim == 3
         if not batched and x.ndim != 2:
             raise ValueError(f"x: expected 3 dimensions (a batch) or 2 (one sequence), got shape {x.shape}")
-        if not batched:
-            x = x[:, None]
-        elif self.batch_first:
-            x = x.swapaxes(0, 1)
-        x = as_kernel_array(x, "x", self.dtype, (x.shape[0] or None, x.shape[1] or None, self.input_size))
+        T, B = x.shape[0] or None, x.shape[1] or None  # None: any size but this
+        x = as_kernel_array(x, "x", self.dtype, (T, B, self.input_size) if batched else (T, self.input_size))
+        x = self._time_first(x, batched)
         return x, self._state_arrays(state, "state", x.shape[1], batched), batched
 
     def _state_arrays(self, state: Any, name: str, batch: int, batched: bool) -> tuple[Array, ...]:
@@ -119,6 +117,12 @@ class Recurrent(Module):
         if batched:
             return tuple([as_kernel_array(s, name, self.dtype, shape) for s in state])
         return tuple([as_kernel_array(s, name, self.dtype, shape[::2]).reshape(shape) for s in state])
+
+    def _time_first(self, x: Array, batched: bool) -> Array:
+        """What the user gave, with three dimensions, as the kernels read it: the inverse of `_sequence`."""
+        if not batched:
+            return x[:, None]
+        return np.ascontiguousarray(x.swapaxes(0, 1)) if self.batch_first else x
 
     def _sequence(self, y: Array, batched: bool) -> Array:
         """An output sequence as the user gave the input."""
@@ -183,12 +187,8 @@ class Recurrent(Module):
             if dy is None:
                 d = np.zeros(shape_y, self.dtype)
             else:
-                shape = shape_y if batched else (shape_y[0], shape_y[2])
-                if batched and self.batch_first:
-                    dy = as_array(dy, "dy")
-                    if dy.ndim == 3:
-                        dy = dy.swapaxes(0, 1)
-                d = as_kernel_array(dy, "dy", self.dtype, shape).reshape(shape_y)
+                shape = self._sequence(np.broadcast_to(0, shape_y), batched).shape
+                d = self._time_first(as_kernel_array(dy, "dy", self.dtype, shape), batched)
             d_after = self._state_arrays(dstate, "dstate", shape_y[1], batched)
             d_before = tuple(np.empty_like(s) for s in d_after)
             gradients: Gradients = {}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
-from .checks import DTYPES, as_array
+from .checks import DTYPES, as_array, describe
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -181,6 +181,8 @@ class Module:
         Raises KeyError for names that are missing or not known, unless ``strict`` is False, and ValueError or
         TypeError for a wrong shape or dtype.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict: expected a mapping, got {describe(state_dict)}")
         missing = [name for name in self.parameters if name not in state_dict]
         unknown = [name for name in state_dict if name not in self.parameters]
         if strict and (missing or unknown):

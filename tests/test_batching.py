@@ -279,23 +279,26 @@ def test_together_when_no_thread_can_be_started(monkeypatch):
     assert_same_bits(lstm(x)[0], y)
 
 
-@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.parametrize("busy", [None, 0, 1], ids=["nobody busy", "a caller busy", "a helper busy"])
 def test_a_closed_pool_gives_no_helpers(busy, pool):
-    """Not even one that was still busy then, and comes back to find the pool closed."""
+    """Not even those of a call that goes on while the pool is closed: nobody makes the calls that they are given."""
     batching.set_num_threads(2)
     released = threading.Event()
 
     def call(me, parties, barrier):
-        if me == 1:
+        if me == busy:
             released.wait(60)
 
-    if not busy:
-        released.set()
-    batching.together(2, call)
-    if not busy:
-        wait_for_helpers()
+    caller = threading.Thread(target=batching.together, args=(2, call), daemon=True)
+    caller.start()
+    if busy != 0:
+        caller.join(60)
+    while not pool.helpers:
+        time.sleep(0.001)
     threading.Timer(0.1, released.set).start()
     pool.close()
+    released.set()
+    caller.join(60)
     seen = []
     batching.together(2, lambda me, parties, barrier: seen.append((me, parties)))
     assert seen == [(0, 1)]
