@@ -58,7 +58,7 @@ class _Pool:
     def take(self, count: int) -> list[_Helper]:
         """At most ``count`` helpers that nobody else has."""
         taken: list[_Helper] = []
-        while len(taken) < count:
+        while len(taken) < count and not self.closed:
             try:
                 taken.append(self.free.pop())
             except IndexError:

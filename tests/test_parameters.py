@@ -317,3 +317,13 @@ def test_joined_parameters(x):
     twin.parameters["inner.bias_ih_l0"] = np.zeros(20)
     assert twin.inner.bias_ih_l0.tolist() == [0] * 20
     assert pair.inner.bias_ih_l0.tolist() == [1] * 20
+
+
+def test_a_call_while_parameters_are_written_sees_each_write():
+    layer, x = fastrnn.LSTM(3, 4, seed=0), np.ones((2, 1, 3), np.float32)
+    with layer.parameters.writable() as arrays:
+        before = layer(x)[0]
+        arrays["weight_ih_l0"][:] += 1
+        between = layer(x)[0]
+    assert not np.array_equal(before, between)
+    np.testing.assert_array_equal(layer(x)[0], between)
