@@ -19,8 +19,8 @@ from .checks import positive
 from .kernels.tile import LANES_OF, VECS
 
 # What one call must have to do, in multiply-adds, before a second thread pays for waking it (tens of microseconds).
-WORTH_A_THREAD = 2_000_000
-# Rows of the batch that a share must have for the batch to be cut; below, the hidden units are.
+WORTH_A_THREAD = 4_000_000
+# Rows of the batch with which a share makes full tiles, and nobody has to meet anybody each step.
 ROWS_OF_A_SHARE = 24
 
 # The barrier of a call that meets nobody, and writes nothing to it.
@@ -159,18 +159,22 @@ def parties_for(work: float, batch: int, hidden: int, dtype: np.dtype) -> int:
     """How many threads a call of so many multiply-adds may use."""
     if _num_threads == 1 or work < WORTH_A_THREAD:
         return 1
-    most = max(batch // ROWS_OF_A_SHARE, -(-hidden // (VECS * LANES_OF[dtype])))
-    return min(_num_threads, most)
+    return min(_num_threads, max(batch // 4, -(-hidden // (VECS * LANES_OF[dtype]))))
 
 
 def share_of(me: int, parties: int, batch: int, hidden: int, dtype: np.dtype) -> Share:
     """Party ``me``'s share ``(b0, b1, u0, u1, me, parties)`` of the rows of a batch or of the vectors of units."""
     units = -(-hidden // LANES_OF[dtype])
-    if batch // parties >= ROWS_OF_A_SHARE or parties == 1:
-        return me * batch // parties, (me + 1) * batch // parties, 0, units, me, parties
+    if parties == 1:
+        return 0, batch, 0, units, 0, 1
     panels = -(-units // VECS)
+    # What part of the time the threads are busy: the largest share counts, and a thin one wastes some of its tiles.
+    by_rows = batch / parties / (-(-batch // parties) + 1)
+    by_units = units / parties / min(units, -(-panels // parties) * VECS)
+    if batch // parties >= ROWS_OF_A_SHARE or parties > panels or (parties <= batch and by_rows > by_units):
+        return me * batch // parties, (me + 1) * batch // parties, 0, units, me, parties
     first, last = me * panels // parties, (me + 1) * panels // parties
-    return 0, batch, min(units, first * VECS), min(units, last * VECS), me, parties
+    return 0, batch, first * VECS, min(units, last * VECS), me, parties
 
 
 def empty(count: int, dtype: np.dtype) -> NDArray[Any]:

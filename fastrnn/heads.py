@@ -150,7 +150,7 @@ class Linear(Module):
 
     def _forward(self, x: Array, save: bool) -> tuple[Array, Array]:
         M, W = len(x), VECS * LANES_OF[self.dtype]
-        packed, multiply = self.parameters.derived("forward", self._pack_forward), multiply_address(self.dtype.name)
+        packed, multiply = self.parameters.derived("forward", self._pack_forward), multiply_address(self.dtype)
         y = np.empty((M, self.out_features), self.dtype)
         xs = batching.empty(self._panels(self.in_features) * M * W if save else 0, self.dtype)
 
@@ -176,7 +176,7 @@ class Linear(Module):
         """
         x, shape = self._rows(x, "x")
         y, xs = self._forward(x, save=True)
-        packed, multiply = self.parameters.derived("backward", self._pack_backward), multiply_address(self.dtype.name)
+        packed, multiply = self.parameters.derived("backward", self._pack_backward), multiply_address(self.dtype)
         M = len(x)
 
         def pullback(dy: Array) -> tuple[Array, dict[str, Array]]:

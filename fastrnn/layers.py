@@ -272,7 +272,7 @@ class LSTM(Recurrent):
         chunk, size = lstm_plan(T, B, I, H, LANES_OF[dtype], save)
         y = np.empty((T, B, H), dtype)
         buffer = batching.empty(size, dtype)
-        multiply = multiply_address(dtype.name)
+        multiply = multiply_address(dtype)
         (h_0, c_0), (h_n, c_n) = before, after
 
         def call(me: int, parties: int, barrier: Array) -> None:
@@ -313,7 +313,7 @@ class LSTM(Recurrent):
 
     def _step(self, x: Array, before: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
         h, c = before[0].copy(), before[1].copy()
-        B, lanes, multiply = len(x), LANES_OF[self.dtype], multiply_address(self.dtype.name)
+        B, lanes, multiply = len(x), LANES_OF[self.dtype], multiply_address(self.dtype)
         gates = batching.empty(-(-self.hidden_size // lanes) * B * VECS * lanes, self.dtype)
         for k in range(self.num_layers):
             packed = self.parameters.derived(("forward", k), partial(self._pack_forward, k))

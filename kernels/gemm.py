@@ -8,6 +8,7 @@ over ``k`` in ascending order, whatever the number of rows, so a row gives the s
 from collections import namedtuple
 from functools import lru_cache
 
+import numpy as np
 from numba import types
 
 from .compiler import address_of, kernel, part
@@ -119,8 +120,8 @@ def _multiply(
 
 @lru_cache(None)
 def multiply_address(dtype):
-    """What `product` calls for arrays of a dtype: an address, valid in this process."""
-    n, number = types.int64, types.CPointer(types.float32 if dtype == "float32" else types.float64)
+    """What `product` calls for arrays of a NumPy dtype: an address, valid in this process."""
+    n, number = types.int64, types.CPointer(types.float32 if dtype == np.float32 else types.float64)
     panels = (number, n, n)
     return address_of(_multiply, types.void(n, n, n, n, *panels, *panels, number, n, n, n, n, number, n, n))
 

@@ -57,7 +57,7 @@ def product(start, left, right, first=0, last=None):
     start_row = N if start.ndim == 2 else 0
     start, left = np.ascontiguousarray(start), np.ascontiguousarray(left)
     call_product(
-        multiply_address(left.dtype.name),
+        multiply_address(left.dtype),
         first, last, N, M, start.ravel(), (W, start_row), target, (W, N + 7), left.ravel(), (K, 1, 1, 0),
         packed.ravel(), (K * W, W), K,
     )  # fmt: skip
@@ -114,7 +114,7 @@ def test_target_may_be_its_own_start(M, dtype):
     W, packed, target = VECS * LANES_OF[dtype], to_panels(right), start.copy()
     strides = (W, 70)
     call_product(
-        multiply_address(left.dtype.name),
+        multiply_address(left.dtype),
         0, len(packed), 70, M, target.ravel(), strides, target.ravel(), strides, left.ravel(), (6, 1, 1, 0),
         packed.ravel(), (6 * W, W), 6,
     )  # fmt: skip
@@ -128,7 +128,7 @@ def test_left_factor_in_panels_and_target_in_panels(M, dtype):
     start, left, right = matrices(M, 2 * W, 3 * W, dtype)
     a, p, target = to_panels(left), to_panels(right), np.full((2, M, W), np.nan, dtype)
     call_product(
-        multiply_address(left.dtype.name),
+        multiply_address(left.dtype),
         0, 2, 2 * W, M, to_panels(start).ravel(), (M * W, W), target.ravel(), (M * W, W),
         a.ravel(), (W, 1, 3, M * W), p.ravel(), (3 * W * W, W), W,
     )  # fmt: skip
@@ -142,7 +142,7 @@ def test_left_factor_transposed(M, dtype):
     start, left, right = matrices(M, 37, 9, dtype)
     W, packed, target = VECS * LANES_OF[dtype], to_panels(right), np.empty((M, 37), dtype)
     call_product(
-        multiply_address(left.dtype.name),
+        multiply_address(left.dtype),
         0, len(packed), 37, M, start.ravel(), (W, 37), target.ravel(), (W, 37),
         np.ascontiguousarray(left.T).ravel(), (1, M, 1, 0), packed.ravel(), (9 * W, W), 9,
     )  # fmt: skip

@@ -100,8 +100,8 @@ def test_linear_kernels_write_every_number_and_nothing_else(dtype, rng):
         g[:n].reshape(s) for g, n, s in zip(guarded, (147, 133, 399, 21), ((7, 21), (7, 19), (21, 19), 21))
     )
     xs = np.full(-(-19 // (VECS * LANES_OF[dtype])) * 7 * VECS * LANES_OF[dtype], np.nan, dtype)
-    kernels.forward(x, linear._pack_forward(), y, xs, True, 0, 1, batching.ALONE, multiply_address(dtype.name))
-    kernels.backward(dy, xs, linear._pack_backward(), dx, dw, db, 0, 1, batching.ALONE, multiply_address(dtype.name))
+    kernels.forward(x, linear._pack_forward(), y, xs, True, 0, 1, batching.ALONE, multiply_address(dtype))
+    kernels.backward(dy, xs, linear._pack_backward(), dx, dw, db, 0, 1, batching.ALONE, multiply_address(dtype))
     for actual, right in zip((y, dx, dw, db), expected(linear, x, dy)):
         assert_close(actual, right)
     assert all(np.isnan(g[-64:]).all() for g in guarded)

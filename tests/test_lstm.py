@@ -28,7 +28,7 @@ def run(parameters, x, h_0, c_0, gradients=None, parties=1, chunk=2, back=3):
     """
     T, B, I = x.shape
     H, dtype = h_0.shape[1], x.dtype
-    L, save, multiply = LANES_OF[dtype], gradients is not None, multiply_address(dtype.name)
+    L, save, multiply = LANES_OF[dtype], gradients is not None, multiply_address(dtype)
     W, U = VECS * L, -(-H // L)
 
     def nan(*shape):
@@ -134,7 +134,7 @@ def test_steps_make_a_sequence(B, H, dtype):
     h, c = memory[1], memory[3]
     h[:], c[:] = h_0, c_0
     for x_t, y_t in zip(x, expected["y"]):
-        lstm.step(x_t, h, c, packed, np.full(U * B * W, np.nan, dtype), multiply_address(dtype.name))
+        lstm.step(x_t, h, c, packed, np.full(U * B * W, np.nan, dtype), multiply_address(dtype))
         assert_same_bits(h, y_t)
     assert_same_bits(c, expected["c_n"])
     assert np.isnan(memory[::2]).all()
