@@ -519,15 +519,16 @@ def _pause(typing):
     return types.void(), codegen
 
 
-_give_way = types.ExternalFunction("SwitchToThread" if sys.platform == "win32" else "sched_yield", types.int32())
+_sleep = types.ExternalFunction("Sleep" if sys.platform == "win32" else "usleep", types.int32(types.uint32))
 
 
 @part(inline=False)
 def meet(barrier, parties):
     """Wait until all ``parties`` threads have arrived. ``barrier``: int64 (2), zeros at first, shared by them.
 
-    Spins, and gives the CPU away now and then in case a party waits for it. Returns at once, for good, when
-    ``barrier[1]`` is set: whoever leaves the others in the lurch sets it.
+    Spins, and sleeps for a moment when that takes long: a party may wait for this CPU. (It would not do to yield: two
+    threads on one CPU would then take turns for ever, each too lately run to be moved to an idle one.) Returns at
+    once, for good, when ``barrier[1]`` is set: whoever leaves the others in the lurch sets it.
     """
     if parties == 1:
         return
@@ -536,7 +537,7 @@ def meet(barrier, parties):
     spins = 0
     while _read(at(barrier, 0)) < target and _read(at(barrier, 1)) == 0:
         spins += 1
-        if spins & 1023:
+        if spins & 4095:
             _pause()
         else:
-            _give_way()
+            _sleep(types.uint32(1))
