@@ -347,4 +347,5 @@ def main():
         Path(ARGUMENTS.json).write_text(json.dumps(report, indent=1) + "\n")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -6,9 +6,12 @@ The bits of a result do not depend on the number of threads.
 """
 
 import atexit
+import ctypes
 import os
+import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any
 
@@ -29,23 +32,49 @@ ALONE = np.zeros(2, np.int64)
 Call = Callable[[int, int, NDArray[np.int64]], Any]
 
 
+# The CPU that the calling thread is on, or -1 where it is not known.
+_current_cpu: Callable[[], int] = lambda: -1
+if sys.platform == "linux":
+    with suppress(AttributeError):  # of C libraries that lack it
+        _current_cpu = ctypes.CDLL(None).sched_getcpu
+
+
 class _Helper:
     """A thread that makes one call after another."""
 
     def __init__(self) -> None:
-        self.jobs: SimpleQueue[tuple[Call, int, int, NDArray[np.int64], list[BaseException]] | None] = SimpleQueue()
+        self.jobs: SimpleQueue[tuple[Call, int, int, NDArray[np.int64], list[BaseException], int] | None] = (
+            SimpleQueue()
+        )
         self.thread = threading.Thread(target=self._work, name="fastrnn", daemon=True)
         self.thread.start()
 
     def _work(self) -> None:
+        avoided = -1
         while (job := self.jobs.get()) is not None:
-            call, me, parties, barrier, errors = job
+            call, me, parties, barrier, errors, cpu = job
             try:
+                if cpu != avoided:
+                    avoided = cpu
+                    _avoid(cpu)
                 call(me, parties, barrier)
             except BaseException as error:
                 errors.append(error)
                 barrier[1] = 1
             del job, call, barrier, errors
+
+
+def _avoid(cpu: int) -> None:
+    """Keep the calling thread off a CPU.
+
+    Linux likes to wake a thread where its waker runs. A caller that then waits at a barrier and a helper that has to
+    get there would share that CPU for many time steps, while another one is idle.
+    """
+    if sys.platform == "linux" and cpu >= 0:
+        others = os.sched_getaffinity(os.getpid()) - {cpu}
+        if others:
+            with suppress(OSError):  # a container may forbid it
+                os.sched_setaffinity(0, others)
 
 
 class _Pool:
@@ -138,9 +167,10 @@ def together(parties: int, call: Call) -> None:
     barrier = np.zeros(16, np.int64)  # two cache lines: nothing else is written beside it
     parties = 1 + len(helpers)
     errors: list[BaseException] = []
+    cpu = _current_cpu()
     try:
         for me, helper in enumerate(helpers, 1):
-            helper.jobs.put((call, me, parties, barrier, errors))
+            helper.jobs.put((call, me, parties, barrier, errors, cpu))
         call(0, parties, barrier)
     except BaseException:
         barrier[1] = 1  # the others must not wait for this one
