@@ -32,11 +32,13 @@ ALONE = np.zeros(2, np.int64)
 Call = Callable[[int, int, NDArray[np.int64]], Any]
 
 
-# The CPU that the calling thread is on, or -1 where it is not known.
-_current_cpu: Callable[[], int] = lambda: -1
-if sys.platform == "linux":
-    with suppress(AttributeError):  # of C libraries that lack it
-        _current_cpu = ctypes.CDLL(None).sched_getcpu
+def _current_cpu() -> int:
+    """The CPU that the calling thread is on, or -1 where it is not known."""
+    return -1 if _sched_getcpu is None else _sched_getcpu()
+
+
+# Linux's C libraries have it.
+_sched_getcpu = getattr(ctypes.CDLL(None), "sched_getcpu", None) if sys.platform == "linux" else None
 
 
 class _Helper:
