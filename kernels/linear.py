@@ -11,9 +11,10 @@ Threads: number ``me`` of ``parties`` calls that run at once does a share of the
 and of the weight's gradient by tiles. The bits do not depend on the cut. ``multiply`` is `gemm.multiply_address`.
 """
 
+from .barrier import meet
 from .compiler import kernel
 from .gemm import Left, Panels, load, pack, pack_rows, pack_transposed, panels, product, store
-from .tile import ROWS, at, lanes, meet, width
+from .tile import ROWS, at, lanes, width
 
 # Rows whose part of the weight's gradient is added at once, so that they stay in the second-level cache meanwhile.
 ROWS_AT_ONCE = 256

@@ -5,9 +5,10 @@ import math
 import numpy as np
 
 from .activations import exp_nonpositive
+from .barrier import meet
 from .compiler import kernel
 from .gemm import load, store
-from .tile import at, at_least, lanes, load_whole, meet, store_whole
+from .tile import at, at_least, lanes, load_whole, store_whole
 
 
 @kernel

@@ -20,16 +20,17 @@ of L units side by side; ``PI`` and ``PH`` are the panels of I and H columns.
 The input's share of the gates needs no recurrence: it is computed for a chunk of time steps at once, in tall tiles.
 
 Threads. ``share = (b0, b1, u0, u1, me, parties)`` is what a call does: rows b0 to b1 of the batch and units u0 L to
-u1 L, as number ``me`` of ``parties`` calls that run at once and meet at ``barrier`` (`tile.meet`). Shares cut either
+u1 L, as number ``me`` of ``parties`` calls that run at once and meet at ``barrier`` (`barrier.meet`). Shares cut either
 the batch or the units (at multiples of W), not both. The bits do not depend on the cut.
 
 ``multiply`` is `gemm.multiply_address` of the dtype.
 """
 
 from .activations import sigmoid, tanh
+from .barrier import meet
 from .compiler import kernel, part
 from .gemm import Left, Panels, load, pack, pack_rows, pack_transposed, panels, product, store
-from .tile import RIDER_ROWS, ROW_PANELS, VECS, at, lanes, meet, row_and_tile_product, width
+from .tile import RIDER_ROWS, ROW_PANELS, VECS, at, lanes, row_and_tile_product, width
 
 GATES = 4
 

@@ -1,4 +1,4 @@
-"""Vectors and the register tile: the only file that knows LLVM.
+"""Vectors and the register tile: with the barrier, the only files that know LLVM.
 
 It gives Numba
 
@@ -7,8 +7,7 @@ It gives Numba
   wherever the code around it was compiled;
 - `tile_product`, a block of up to `ROWS` rows by `VECS` vectors of a matrix product, whose sums stay in registers: the
   multiply-add units' peak is reached here or nowhere; and `row_and_tile_product`, for a single row;
-- `at`, an element's address: inner functions take addresses and strides, a register each, where an array takes seven;
-- the barrier at which threads meet.
+- `at`, an element's address: inner functions take addresses and strides, a register each, where an array takes seven.
 
 The tile's shape comes from the CPU that Numba compiles for (``NUMBA_CPU_NAME``, ``NUMBA_CPU_FEATURES``): three
 quarters of the vector registers hold sums, the rest a row of the right factor and a broadcast number of the left.
@@ -16,7 +15,6 @@ quarters of the vector registers hold sums, the rest a row of the right factor a
 
 import operator
 import re
-import sys
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -25,8 +23,6 @@ from numba import types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
-
-from .compiler import part
 
 I32, I64 = ir.IntType(32), ir.IntType(64)
 
@@ -483,61 +479,3 @@ def low_bits_to_exponent(typing, x):
         return builder.bitcast(builder.shl(builder.bitcast(x, integers), mantissa), x.type)
 
     return x(x), _elementwise(shift)
-
-
-# The barrier at which threads meet once a time step. It is an int64 array: arrivals, and a flag that calls it off.
-
-
-@intrinsic
-def _arrive(typing, barrier):
-    def codegen(context, builder, signature, args):
-        return builder.atomic_rmw("add", args[0], I64(1), "acq_rel")
-
-    return types.int64(barrier), codegen
-
-
-@intrinsic
-def _read(typing, barrier):
-    def codegen(context, builder, signature, args):
-        return builder.load_atomic(args[0], "acquire", 8)
-
-    return types.int64(barrier), codegen
-
-
-@intrinsic
-def _pause(typing):
-    """Tell the CPU that this is a spin loop."""
-
-    def codegen(context, builder, signature, args):
-        triple = builder.module.triple
-        if triple.startswith("x86"):
-            _call(builder, "llvm.x86.sse2.pause", ir.VoidType())
-        elif triple.startswith(("aarch64", "arm64")):
-            _call(builder, "llvm.aarch64.hint", ir.VoidType(), I32(1))
-        return context.get_dummy_value()
-
-    return types.void(), codegen
-
-
-_sleep = types.ExternalFunction("Sleep" if sys.platform == "win32" else "usleep", types.int32(types.uint32))
-
-
-@part(inline=False)
-def meet(barrier, parties):
-    """Wait until all ``parties`` threads have arrived. ``barrier``: int64 (2), zeros at first, shared by them.
-
-    Spins, and sleeps for a moment when that takes long: a party may wait for this CPU. (It would not do to yield: two
-    threads on one CPU would then take turns for ever, each too lately run to be moved to an idle one.) Returns at
-    once, for good, when ``barrier[1]`` is set: whoever leaves the others in the lurch sets it.
-    """
-    if parties == 1:
-        return
-    arrived = _arrive(at(barrier, 0))
-    target = (arrived // parties + 1) * parties
-    spins = 0
-    while _read(at(barrier, 0)) < target and _read(at(barrier, 1)) == 0:
-        spins += 1
-        if spins & 4095:
-            _pause()
-        else:
-            _sleep(types.uint32(1))

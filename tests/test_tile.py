@@ -7,6 +7,7 @@ import numba
 import numpy as np
 import pytest
 from fastrnn.kernels import tile
+from fastrnn.kernels.barrier import meet
 from fastrnn.kernels.tile import at
 
 
@@ -38,16 +39,16 @@ def meet_often(me, parties, rounds, seen, barrier):
     wrong = 0
     for r in range(rounds):
         seen[16 * me] = r + 1
-        tile.meet(barrier, parties)
+        meet(barrier, parties)
         for other in range(parties):
             wrong += seen[16 * other] != r + 1
-        tile.meet(barrier, parties)
+        meet(barrier, parties)
     return wrong
 
 
 @numba.njit(nogil=True)
 def meet_once(barrier, parties):
-    tile.meet(barrier, parties)
+    meet(barrier, parties)
 
 
 def run_threads(functions):
