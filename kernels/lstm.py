@@ -209,9 +209,10 @@ def _weight_gradient(d, slab, rows, H, N, source, dw, nothing, fresh, me, partie
     W = width(d)
     L = W // GATES
     U = (H + L - 1) // L
-    count = panels(N, d) * U * GATES
+    P = panels(N, d)
+    count = P * U * GATES
     for item in range(me * count // parties, (me + 1) * count // parties):
-        p, u, g = item // (U * GATES), item // GATES % U, item % GATES
+        p, u, g = item % P, item // P // GATES, item // P % GATES
         left = Left(at(d, u * slab + g * L), 1, W, 1, 0)
         target = Panels(at(dw, (g * H + u * L) * N), W, N)
         product(multiply, p, p + 1, N, min(L, H - u * L), nothing if fresh else target, target, left, source, rows)
