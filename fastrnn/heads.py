@@ -10,7 +10,7 @@ from .checks import as_array, as_indices, as_kernel_array, as_seed, flag, float_
 from .kernels import linear as kernels
 from .kernels.gemm import multiply_address
 from .kernels.tile import LANES_OF, VECS
-from .parameters import Array, Module, Parameters
+from .parameters import Array, Module, Parameters, read_only
 
 
 class Embedding(Module):
@@ -126,14 +126,14 @@ class Linear(Module):
         W = VECS * LANES_OF[self.dtype]
         packed = batching.empty(self._panels(self.out_features) * W * (1 + self.in_features), self.dtype)
         bias = self.parameters["bias"] if self.config["bias"] else np.zeros(self.out_features, self.dtype)
-        kernels.pack_forward(_read_only(self.parameters["weight"]), _read_only(bias), packed)
+        kernels.pack_forward(read_only(self.parameters["weight"]), read_only(bias), packed)
         return packed
 
     def _pack_backward(self) -> Array:
         W = VECS * LANES_OF[self.dtype]
         panels = self._panels(self.in_features) * self._panels(self.out_features)
         packed = batching.empty(W + panels * W * W, self.dtype)
-        kernels.pack_backward(_read_only(self.parameters["weight"]), packed)
+        kernels.pack_backward(read_only(self.parameters["weight"]), packed)
         return packed
 
     def _rows(self, x: Any, name: str) -> tuple[Array, tuple[int, ...]]:
@@ -193,10 +193,3 @@ class Linear(Module):
             return dx.reshape(*shape, self.in_features), grads
 
         return y.reshape(*shape, self.out_features), pullback
-
-
-def _read_only(array: Array) -> Array:
-    """A view that is of one Numba type, whether parameters are being written to or not."""
-    array = array.view()
-    array.flags.writeable = False
-    return array

@@ -15,7 +15,7 @@ from .checks import as_array, as_kernel_array, as_seed, describe, flag, float_dt
 from .kernels import lstm as lstm_kernels
 from .kernels.gemm import multiply_address
 from .kernels.tile import LANES_OF, ROW_PANELS, VECS
-from .parameters import Array, Module, Parameters
+from .parameters import Array, Module, Parameters, read_only
 
 Gradients = dict[str, Array]
 Pullback = Callable[..., tuple[Array, Any, Gradients]]
@@ -85,15 +85,13 @@ class Recurrent(Module):
 
     def _weights(self, k: int) -> tuple[Array, Array, Array, Array]:
         """W_ih, W_hh, b_ih, b_hh of a layer, all of one Numba type."""
+        arrays = [self.parameters[f"weight_ih_l{k}"], self.parameters[f"weight_hh_l{k}"]]
         if self.bias:
-            names = (f"weight_ih_l{k}", f"weight_hh_l{k}", f"bias_ih_l{k}", f"bias_hh_l{k}")
-            arrays = [self.parameters[name].view() for name in names]
+            arrays += [self.parameters[f"bias_ih_l{k}"], self.parameters[f"bias_hh_l{k}"]]
         else:
-            zeros = np.zeros(self.GATES * self.hidden_size, self.dtype)
-            arrays = [self.parameters[name].view() for name in (f"weight_ih_l{k}", f"weight_hh_l{k}")] + [zeros, zeros]
-        for array in arrays:
-            array.flags.writeable = False
-        return tuple(arrays)
+            arrays += [np.zeros(self.GATES * self.hidden_size, self.dtype)] * 2
+        w_ih, w_hh, b_ih, b_hh = map(read_only, arrays)
+        return w_ih, w_hh, b_ih, b_hh
 
     def _inputs(self, x: Array, state: Any) -> tuple[Array, tuple[Array, ...], bool]:
         """The arguments, checked and laid out as the kernels read them, and whether they were a batch."""

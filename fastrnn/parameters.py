@@ -26,6 +26,13 @@ Array = NDArray[Any]
 T = TypeVar("T")
 
 
+def read_only(array: Array) -> Array:
+    """A view that is of one Numba type, whether parameters are being written to or not."""
+    array = array.view()
+    array.flags.writeable = False
+    return array
+
+
 class Parameters(MutableMapping[str, Array]):
     """Named arrays with a version. Read-only from outside; see the module's text for how they change."""
 

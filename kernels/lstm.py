@@ -12,7 +12,8 @@ of L units side by side; ``PI`` and ``PH`` are the panels of I and H columns.
     h_0, c_0, h_n, c_n (B, H)     states
     packed (U W (1 + I + H))      bias, W_ih, W_hh, as `pack_forward` makes it
     buffer                        workspace, or what `forward` saves for `backward`: the four parts below (`layout`)
-      gates (U T B W)             chunk after chunk of time steps, each in panels (U, chunk B, W); or one chunk of them
+      gates (U T B W)             chunk after chunk of time steps, each in panels (U, chunk B, W); or
+                                  only one chunk of them, of a single sequence two
       c (T + 1, U, B, L)          cell states, the first one before the sequence; or only the running one
       xs (PI, T B, W)             x in panels; or nothing
       hs (PH, (T + 1) B, W)       h in panels, the first one before the sequence; or nothing
