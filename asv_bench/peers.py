@@ -1,15 +1,23 @@
 # ruff: noqa: E402
-"""The LSTM beside PyTorch's and ONNX Runtime's: one process, the same weights and inputs, interleaved, medians.
+"""RNN, LSTM, GRU beside PyTorch's and ONNX Runtime's: one process, the same weights and inputs, interleaved, medians.
 
 Every library runs at the best of its settings for the case and the number of threads; results are compared before
 anything is timed. A round runs a block of calls of each, back to back, in a rotating order; a ratio is taken within
 a round, so that what slows the machine for a while slows both of its sides. Let nothing else run meanwhile.
+
+Kinds: inference and training of one layer; the same of sequences of any length up to T (lengths) and of two layers
+both ways (bidirectional); one step called from Python, with the state carried on (step), and in a compiled loop
+(njit); and the same time whether numbers are normal or denormal (denormal).
 """
 
 import argparse
 import os
 
-parser = argparse.ArgumentParser(description=__doc__)
+CELLS = ("lstm", "gru", "rnn")
+KINDS = ("inference", "training", "lengths", "bidirectional", "step", "njit", "denormal")  # a case's begins with one
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--cell", choices=[*CELLS, "all"], default="all")
+parser.add_argument("--only", metavar="KIND[,KIND]", default=",".join(KINDS), help="a part of " + ", ".join(KINDS))
 parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of every library (default: 1)")
 parser.add_argument("--grid", choices=["quick", "full"], default="full")
 parser.add_argument("--repeat", type=int, default=9, metavar="R", help="rounds that count (default: 9)")
@@ -17,182 +25,108 @@ parser.add_argument("--json", metavar="FILE", help="write everything that was me
 ARGUMENTS = parser.parse_args()
 if ARGUMENTS.threads < 1 or ARGUMENTS.repeat < 1:
     parser.error("--threads and --repeat: expected at least 1")
+if not set(ARGUMENTS.only.split(",")) <= set(KINDS):
+    parser.error(f"--only: expected some of {', '.join(KINDS)}, got {ARGUMENTS.only}")
 THREADS = ARGUMENTS.threads
 # Thread pools take their size from the environment when their library is imported: so this comes before the imports.
 os.environ |= {f"{name}_NUM_THREADS": str(THREADS) for name in ("OMP", "OPENBLAS", "MKL")}
 
 import gc
-import importlib.util
 import json
 import platform
-import sys
 import time
 import timeit
-from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import llvmlite.binding
 import numba
 import numpy as np
+from implementations import (
+    FULL_LENGTH,
+    LIBRARIES,
+    MISSING,
+    NORMAL,
+    OWN,
+    Case,
+    Implementation,
+    candidates_of,
+    fastrnn,
+    layer_of,
+    lengths_of,
+    trains,
+)
 
-if importlib.util.find_spec("fastrnn") is None:
-    sys.path.append(str(Path(__file__).resolve().parent.parent))
-import fastrnn
-
-fastrnn.set_num_threads(THREADS)
 gemm, tile = fastrnn.kernels.gemm, fastrnn.kernels.tile
-libraries = [fastrnn, numba, llvmlite, np]
-MISSING = {}
-try:
-    import torch
-
-    torch.set_num_threads(THREADS)
-    libraries.append(torch)
-except ImportError as error:
-    MISSING["torch"] = str(error)
-try:
-    import onnx
-    import onnxruntime
-
-    libraries += [onnx, onnxruntime]
-except ImportError as error:
-    MISSING["onnxruntime"] = str(error)
 
 BLOCK = 0.02  # seconds that a block of calls takes at least
 TRIALS = min(3, ARGUMENTS.repeat)  # rounds that choose each library's setting, and warm up
 TOLERANCE = 1e-4  # of the largest number: float32 sums over hundreds of steps, in different orders
-RESULTS = ("y", "h", "c", "dx", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
 QUICK = [(100, 1, 64, 64), (100, 1, 256, 256), (100, 32, 256, 256), (37, 5, 40, 200)]
 FULL = [(1, 1, 64, 64), (100, 1, 64, 64), (100, 1, 128, 128), (100, 1, 256, 256), (100, 1, 512, 512)]
 FULL += [(25, 1, 1024, 1024), (100, 16, 128, 128), (100, 32, 256, 256), (50, 64, 512, 512), (25, 64, 1024, 1024)]
 FULL += [(37, 5, 40, 200), (200, 8, 63, 65)]
-
-# kind: "inference", "training" or "step", the call on one step that carries its state on, as a decoder makes it.
-Case = namedtuple("Case", "kind T B I H")
-# call() is timed and returns y, (h, c) and, training, dx and the weights' gradients; before() runs ahead of a block.
-Implementation = namedtuple("Implementation", "library setting call before", defaults=(lambda: None,))
+BATCHES = [(100, 1, 256, 256), *FULL[6:]]
+LENGTHS = [(200, 8, 64, 64), (100, 16, 128, 128), (100, 32, 256, 256), (50, 64, 512, 512)]
+BOTH_WAYS = [(100, 16, 128, 128), (100, 32, 256, 256)]
+DENORMAL = [(37, 5, 40, 200), (100, 1, 256, 256), (100, 32, 256, 256)]
+US_OF_STEP = {16: 0.12, 32: 0.20, 64: 0.75, 128: 2.7}  # of an LSTM in compiled code, at most
+NJIT = [(20_000, 1, H, H) for H in US_OF_STEP]  # so many steps in one call that the call itself does not count
+# Kinds, cells, and shapes (T, B, I, H) of both grids. What a kind is stands in implementations.py.
+PLAN = [
+    (("inference", "training"), ("lstm", "gru"), FULL, QUICK),
+    (("inference", "training"), ("rnn",), BATCHES, QUICK[2:]),
+    (("lengths inference", "lengths training"), ("lstm", "gru"), LENGTHS, LENGTHS[:1]),
+    (("bidirectional inference", "bidirectional training"), ("lstm",), BOTH_WAYS, BOTH_WAYS[:1]),
+    (("step",), ("lstm", "gru"), [(1, 1, 64, 64)], [(1, 1, 64, 64)]),
+    (("njit step",), ("lstm", "gru"), NJIT, NJIT[:1]),
+    (
+        ("denormal inference", "denormal training", "denormal gradients"),
+        ("lstm", "gru", "rnn relu", "rnn identity"),
+        DENORMAL,
+        DENORMAL[:1],
+    ),
+]
+AT_MOST = ("of full length", "of normal numbers", "us a step")  # targets that are upper bounds
 
 
 def flops(case):
-    return 2 * case.T * case.B * 4 * case.H * (case.I + case.H) * (3 if case.kind == "training" else 1)
+    lengths = lengths_of(case)
+    rows = case.T * case.B if lengths is None else lengths.sum()
+    weights = sum(array.size for array in layer_of(case).parameters.values() if array.ndim == 2)
+    return 2 * rows * weights * (3 if trains(case) else 1)
+
+
+def ratio_target(case):
+    """The ratio to reach, and against which library (None: the fastest)."""
+    one, large = THREADS == 1, case.B >= 16
+    if case.kind.startswith("lengths"):
+        return 5.0, "torch"
+    if case.kind == "bidirectional training":
+        return 1.15 if one else 1.10, None
+    if (case.kind, case.cell) == ("step", "lstm"):
+        return 2.0 if one else None, "onnxruntime"
+    if case.kind == "training":
+        return {"lstm": 1.15, "gru": 1.8, "rnn": 1.3 if large else None}[case.cell], None
+    if case.kind != "inference":
+        return None, None
+    if case.B == 1:
+        return {"lstm": 1.20 if one and case.H < 1024 else 1.05, "gru": 1.20 if one else 1.05}.get(case.cell), None
+    return {"lstm": 1.00, "gru": 1.20, "rnn": 1.3}[case.cell] if large else None, None
 
 
 def targets(case):
-    """The ratio to reach, against which library (None: the fastest), and the fraction of the peak to reach."""
-    large = THREADS == 1 and case.H >= 256
-    if case.kind == "step":
-        return 2.0 if THREADS == 1 else None, "onnxruntime", None
-    if case.kind == "training":
-        return 1.15, None, 0.8 if large and case.B >= 32 else None
-    if case.B == 1:
-        return 1.20 if THREADS == 1 and case.H < 1024 else 1.05, None, None
-    return (1.00, None, 0.9 if large else None) if case.B >= 16 else (None, None, None)
-
-
-def calling(case, forward, training=None):
-    """What is timed: ``training()``, or of ``forward(state)``, which returns y and the next state, what the case is."""
-    state = None
-
-    def step():
-        nonlocal state
-        y, state = forward(state)
-        return y, state
-
-    return {"inference": lambda: forward(None), "training": training, "step": step}[case.kind]
-
-
-def with_fastrnn(case, weights, x, dy):
-    lstm = fastrnn.LSTM(case.I, case.H)
-    lstm.load_state_dict(weights)
-
-    def training():
-        with lstm.parameters.writable():
-            pass  # as after an optimiser's update: the weights are packed anew
-        (y, state), pullback = lstm.vjp(x)
-        dx, _, gradients = pullback(dy)
-        return y, state, dx, list(gradients.values())
-
-    return [Implementation("fastrnn", "default", calling(case, lambda state: lstm(x, state), training))]
-
-
-def with_torch(case, weights, x, dy):
-    weights = {name: torch.from_numpy(array) for name, array in weights.items()}
-    x, dy = torch.from_numpy(x).requires_grad_(case.kind == "training"), torch.from_numpy(dy)
-    lstm, cell = torch.nn.LSTM(case.I, case.H), torch.nn.LSTMCell(case.I, case.H)
-    lstm.load_state_dict(weights)
-    cell.load_state_dict({name.removesuffix("_l0"): array for name, array in weights.items()})
-    forward = torch.inference_mode()(lambda state: lstm(x, state))
-    forward_cell = torch.inference_mode()(lambda state: ((after := cell(x[0], state))[0], after))
-
-    def training():
-        lstm.zero_grad(set_to_none=True)
-        x.grad = None
-        y, state = lstm(x)
-        y.backward(dy)
-        return y, state, x.grad, [parameter.grad for parameter in lstm.parameters()]
-
-    def implementation(setting, on):
-        call = calling(case, forward, training)
-        return Implementation("torch", setting, call, lambda: torch.backends.mkldnn.set_flags(on))
-
-    found = [implementation("oneDNN", True), implementation("no oneDNN", False)]  # which is faster depends on the shape
-    return found + [Implementation("torch LSTMCell", "default", calling(case, forward_cell))] * (case.kind == "step")
-
-
-def with_onnxruntime(case, weights, x, dy):
-    if case.kind == "training":
-        return []
-    # ONNX has the gates in the order i, o, f, c; PyTorch has i, f, g, o.
-    W, R, *b = (a.reshape(4, case.H, -1)[[0, 3, 1, 2]].reshape(a.shape) for a in weights.values())
-    constants = {"W": W[None], "R": R[None], "b": np.concatenate(b)[None]}
-    start = {name: np.zeros((1, case.B, case.H), np.float32) for name in ("h0", "c0")} if case.kind == "step" else {}
-    feeds = {"x": x, **start}
-    shapes = {"y": (case.T, 1, case.B, case.H), "h": (1, case.B, case.H), "c": (1, case.B, case.H)}
-    inputs = ["x", *constants, *(["", *start] if start else [])]
-    graph = onnx.helper.make_graph(
-        [onnx.helper.make_node("LSTM", inputs, list(shapes), hidden_size=case.H)],
-        "lstm",
-        [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, a.shape) for n, a in feeds.items()],
-        [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, shape) for n, shape in shapes.items()],
-        [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()],
-    )
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 14)], ir_version=8)
-
-    def implementations(spinning, end):
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = THREADS, 1
-        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-        options.add_session_config_entry("session.intra_op.allow_spinning", spinning)
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-        def forward(state):
-            y, h, c = session.run(None, feeds if state is None else {"x": x, "h0": state[0], "c0": state[1]})
-            return y, (h, c)
-
-        # Bound, all stands in memory given once: a state that is carried on in two places in turn, and a step's own x.
-        value, x_bound = onnxruntime.OrtValue.ortvalue_from_numpy, x.copy()
-        places = [[np.zeros(shape, np.float32) for shape in shapes.values()] for _ in range(2)]
-        bindings = [session.io_binding(), session.io_binding()]
-        for binding, outputs, others in zip(bindings, places, places[::-1], strict=True):
-            for name, array in zip(feeds, [x_bound, *others[1:]]):
-                binding.bind_ortvalue_input(name, value(array))
-            for name, array in zip(shapes, outputs):
-                binding.bind_ortvalue_output(name, value(array))
-
-        def bound():
-            if start:
-                np.copyto(x_bound, x)
-            session.run_with_iobinding(bindings[0])
-            bindings.reverse()
-            places.reverse()
-            return places[1]
-
-        yield Implementation("onnxruntime", "run" + end, calling(case, forward))
-        yield Implementation("onnxruntime", "io-binding" + end, bound)
-
-    # One thread has no others that could spin.
-    return [*implementations("0", ""), *(implementations("1", ", spinning") if THREADS > 1 else [])]
+    """Every number to reach, if it is measured; None where there is none."""
+    peak = {"inference": 0.9 if case.B >= 16 else None, "training": 0.8 if case.B >= 32 else None}
+    lstm = case.cell == "lstm"
+    return {
+        "ratio": ratio_target(case)[0],
+        "fraction of peak": peak.get(case.kind) if lstm and THREADS == 1 and case.H >= 256 else None,
+        "of full length": 0.6,
+        "of normal numbers": 1.2,
+        "us a step": US_OF_STEP.get(case.H) if lstm else None,
+    }
 
 
 @numba.njit(nogil=True, boundscheck=False, error_model="numpy")
@@ -201,7 +135,7 @@ def tile_products(multiply, repeats, M, K, bias, left, packed, out):
     for _ in range(repeats):
         start, target = gemm.Panels(tile.at(bias, 0), W, 0), gemm.Panels(tile.at(out, 0), W, W)
         factor, weights = gemm.Left(tile.at(left, 0), K, 1, 1, 0), gemm.Panels(tile.at(packed, 0), K * W, W)
-        gemm.product(multiply, 0, 1, W, M, start, target, factor, weights, K)
+        gemm.product(multiply, 0, 1, W, W, M, start, target, factor, weights, K)
 
 
 def peak_of_multiply_adds():
@@ -218,23 +152,28 @@ def peak_of_multiply_adds():
 
 def numbers(result):
     """All arrays of a result, flattened."""
+    result = getattr(result, "state", result)  # of a stream
     if isinstance(result, (tuple, list)):
         return [array for part in result for array in numbers(part)]
     return [np.array(result.detach().numpy() if hasattr(result, "detach") else result).ravel()]
 
 
-def disagreements(implementations):
+def disagreements(case, implementations):
     """How far all are from the first one, fastrnn, relative to an array's largest number; SystemExit if too far."""
     found, expected = {}, None
+    names = ["y", "h", *(["c"] if case.cell == "lstm" else [])]
+    names += ["dx", *layer_of(case).parameters] if trains(case) else []
     for each in implementations:
         each.before()
         each.call()  # the second call of a step has a state to carry
+        if each.library in (FULL_LENGTH, NORMAL):
+            continue  # of other numbers
         arrays = numbers(each.call())
         expected = expected or arrays
-        for name, array, mine in zip(RESULTS[: len(expected)], arrays, expected, strict=True):
+        for name, array, mine in zip(names, arrays, expected, strict=True):
             off = float(np.abs(array - mine).max() / max(np.abs(mine).max(), 1e-30))
             if not off < TOLERANCE:  # a NaN is not, either
-                raise SystemExit(f"{each.library} ({each.setting}): {name} is {off:.1e} off fastrnn's")
+                raise SystemExit(f"{case}: {each.library} ({each.setting}): {name} is {off:.1e} off fastrnn's")
             found[f"{each.library}, {each.setting}: {name}"] = off
     return found
 
@@ -276,11 +215,8 @@ def interleave(blocks, rounds):
 
 
 def measure(case, peak, peak_flops):
-    rng, weights = np.random.default_rng(0), fastrnn.LSTM(case.I, case.H, seed=0).state_dict()
-    x, dy = (rng.standard_normal((case.T, case.B, size), np.float32) for size in (case.I, case.H))
-    makers = {"fastrnn": with_fastrnn, "torch": with_torch, "onnxruntime": with_onnxruntime}
-    candidates = [c for name, make in makers.items() if name not in MISSING for c in make(case, weights, x, dy)]
-    disagreement = disagreements(candidates)
+    candidates = candidates_of(case, THREADS)
+    disagreement = disagreements(case, candidates)
     blocks = [(each, calls_in_block(each)) for each in [*candidates, peak]]
     trials = np.median(interleave(blocks, TRIALS), 1).tolist()
     best = {blocks[i][0].library: blocks[i] for i in np.argsort(trials)[::-1]}  # the fastest comes last: it stays
@@ -288,10 +224,16 @@ def measure(case, peak, peak_flops):
     peak_rates, ours = peak_flops / seconds.pop("peak"), seconds["fastrnn"]
     ratios = {name: np.quantile(s / ours, [0.25, 0.5, 0.75]).tolist() for name, s in seconds.items() if s is not ours}
     fraction = float(np.median(flops(case) / ours / peak_rates))
-    target, against, target_of_peak = targets(case)
-    compared = against or min(ratios, key=lambda name: ratios[name][1], default=None)
-    judged = [("ratio", ratios[compared][1], target)] if target and compared in ratios else []
-    judged += [("fraction of peak", fraction, target_of_peak)] if target_of_peak else []
+    against = ratio_target(case)[1]
+    peers = [name for name in ratios if name not in OWN]
+    compared = against or min(peers, key=lambda name: ratios[name][1], default=None)
+    measures = {f"of {name}": 1 / ratios[name][1] for name in OWN if name in ratios}
+    if case.kind == "njit step":
+        measures["us a step"] = float(np.median(ours)) / case.T * 1e6
+    reached = {"fraction of peak": fraction, **measures}
+    if compared in ratios:
+        reached["ratio"] = ratios[compared][1]
+    judged = [(of, aim, reached[of], of in AT_MOST) for of, aim in targets(case).items() if aim and of in reached]
     return {
         **case._asdict(),
         "median_seconds": {name: float(np.median(s)) for name, s in seconds.items()},
@@ -304,27 +246,53 @@ def measure(case, peak, peak_flops):
         "fraction_of_peak": fraction,
         "ratios": ratios,  # their time by ours: quartiles
         "compared": compared,
-        "targets": [{"of": of, "target": aim, "reached": n, "met": n >= aim} for of, n, aim in judged],
+        "measures": measures,
+        "targets": [
+            {"of": of, "target": aim, "reached": n, "at_most": most, "met": n <= aim if most else n >= aim}
+            for of, aim, n, most in judged
+        ],
     }
 
 
-def line(row):
-    us = [row["median_seconds"].get(name, np.nan) * 1e6 for name in ("fastrnn", "torch", "onnxruntime")]
-    text = "{kind} ({T}, {B}, {I}, {H})".format(**row).ljust(29)
-    text += f"{us[0]:10.1f}{row['gflops']:9.1f}{row['fraction_of_peak']:6.0%}{us[1]:10.1f}{us[2]:10.1f} "
+def label(row):
+    return "{cell} {kind} ({T}, {B}, {I}, {H}) ".format(**row)
+
+
+def line(row, width):
+    us = {name: f"{seconds * 1e6:.1f}" for name, seconds in row["median_seconds"].items()}
+    text = f"{label(row):{width}}{us['fastrnn']:>10}{row['gflops']:9.1f}{row['fraction_of_peak']:6.0%}"
+    text += f"{us.get('torch', ''):>10}{us.get('onnxruntime', ''):>10} "
     for name, (low, ratio, high) in row["ratios"].items():
-        if name == row["compared"] or row["kind"] == "step":  # judged beside one library, shown beside all
+        # Judged beside one library, shown beside all.
+        if name == row["compared"] or (row["kind"].startswith(("step", "lengths")) and name not in OWN):
             text += f"  {ratio:.2f} [{low:.2f}, {high:.2f}] {name}, {row['settings'][name]};"
-    return text + "".join(f" BELOW {t['of']} {t['target']:.2f};" for t in row["targets"] if not t["met"])
+    text += "".join(f"  {n:.2f} {name};" for name, n in row["measures"].items())
+    missed = [target for target in row["targets"] if not target["met"]]
+    return text + "".join(f" {'ABOVE' if t['at_most'] else 'BELOW'} {t['target']:.2f} {t['of']};" for t in missed)
+
+
+def cases():
+    cells, kinds = CELLS if ARGUMENTS.cell == "all" else (ARGUMENTS.cell,), ARGUMENTS.only.split(",")
+    found = [
+        Case(kind, cell, *shape)
+        for the_kinds, the_cells, full, quick in PLAN
+        for cell in the_cells
+        for kind in the_kinds
+        for shape in (full if ARGUMENTS.grid == "full" else quick)
+    ]
+    found = [case for case in found if case.cell.split()[0] in cells and case.kind.split()[0] in kinds]
+    return found or parser.error(f"--cell {ARGUMENTS.cell} --only {ARGUMENTS.only}: nothing to measure")
 
 
 def main():
+    planned = cases()
+    width = max(len(label(case._asdict())) for case in planned)
     report = {
         "cpu": numba.config.CPU_NAME or llvmlite.binding.get_host_cpu_name(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "platform": platform.platform(),
         "date": time.strftime("%Y-%m-%d %H:%M %z"),
-        "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in libraries},
+        "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in LIBRARIES},
         "missing": MISSING,
         **{name: value for name, value in vars(ARGUMENTS).items() if name != "json"},
     }
@@ -332,13 +300,11 @@ def main():
     print(", ".join(f"{name} {version}" for name, version in report["versions"].items()))
     print(*[f"left out: {name} ({error})\n" for name, error in MISSING.items()], sep="", end="")
     print(f"threads: {THREADS}; medians of {ARGUMENTS.repeat} rounds; ratio: the fastest peer's time by ours\n")
-    print(f"{'case (T, B, I, H)':29}{'ours us':>10}{'GFLOP/s':>9}{'peak':>6}{'torch us':>10}{'ort us':>10}  ratio")
-    shapes = FULL if ARGUMENTS.grid == "full" else QUICK
-    cases = [Case(kind, *shape) for kind in ("inference", "training") for shape in shapes]
+    print(f"{'case (T, B, I, H)':{width}}{'ours us':>10}{'GFLOP/s':>9}{'peak':>6}{'torch us':>10}{'ort us':>10}  ratio")
     rows, peak = [], peak_of_multiply_adds()
-    for case in [*cases, Case("step", 1, 1, 64, 64)]:
+    for case in planned:
         rows.append(measure(case, *peak))
-        print(line(rows[-1]), flush=True)
+        print(line(rows[-1], width), flush=True)
     met = [target["met"] for row in rows for target in row["targets"]]
     print(f"\nmultiply-add peak: {np.median([row['peak_gflops'] for row in rows]):.1f} GFLOP/s")
     print(f"targets met: {sum(met)} of {len(met)}")

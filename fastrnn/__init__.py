@@ -18,17 +18,24 @@ __version__ = "0.1.0"
 
 from . import losses, models, optim, training
 from .batching import get_num_threads, set_num_threads
+from .bptt import truncated_bptt
+from .cells import GRUCell, LSTMCell, RNNCell
 from .heads import Embedding, Linear
-from .layers import LSTM
+from .layers import GRU, LSTM, RNN
 from .losses import cross_entropy
 from .models import LanguageModel
 from .optim import clip_grad_norm, clip_grad_value
 
 __all__ = [
+    "GRU",
     "LSTM",
+    "RNN",
     "Embedding",
+    "GRUCell",
+    "LSTMCell",
     "LanguageModel",
     "Linear",
+    "RNNCell",
     "clip_grad_norm",
     "clip_grad_value",
     "cross_entropy",
@@ -38,4 +45,5 @@ __all__ = [
     "optim",
     "set_num_threads",
     "training",
+    "truncated_bptt",
 ]

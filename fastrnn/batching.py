@@ -1,4 +1,4 @@
-"""Threads: how many, and how one call's work is cut into shares that run at once.
+"""Sequences of different lengths side by side; threads, and how one call's work is cut into shares that run at once.
 
 A call takes as many helper threads as are free, at most `get_num_threads` less one, and never waits for one: with
 none free it runs alone. So calls from many threads share the helpers without a queue, and cannot wait for each other.
@@ -10,8 +10,9 @@ import ctypes
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import lru_cache
 from queue import SimpleQueue
 from typing import Any
 
@@ -29,6 +30,7 @@ ROWS_OF_A_SHARE = 24
 # The barrier of a call that meets nobody, and writes nothing to it.
 ALONE = np.zeros(2, np.int64)
 
+Array = NDArray[Any]
 Call = Callable[[int, int, NDArray[np.int64]], Any]
 
 
@@ -185,6 +187,114 @@ def together(parties: int, call: Call) -> None:
 
 
 Share = tuple[int, int, int, int, int, int]
+
+
+class Sequences:
+    """Which step of which sequence stands in which row of the kernels' arrays.
+
+    Sequences lie side by side, step after step, the longest one first: step t has rows ``steps[t]`` to
+    ``steps[t + 1]``, one for each sequence that is as long. Without lengths that is (T, B) as it is.
+    """
+
+    def __init__(self, T: int, B: int, lengths: Array | None = None):
+        self.T, self.B, self.lengths = T, B, lengths
+        if lengths is None:
+            self.steps = full_steps(T, B)
+            self.N = T * B
+            return
+        self.order = np.argsort(-lengths, kind="stable")
+        ends = lengths[self.order]
+        counts = np.searchsorted(-ends, -np.arange(ends[0]), side="left")  # sequences longer than t
+        self.steps = np.concatenate([[0], np.cumsum(counts)])
+        self.N = int(self.steps[-1])
+        t = np.repeat(np.arange(len(counts)), counts)
+        b = np.arange(self.N) - np.repeat(self.steps[:-1], counts)
+        self._index = t * B + self.order[b]
+        self._mirror = self.steps[ends[b] - 1 - t] + b
+        self._last = self.steps[np.maximum(ends - 1, 0)] + np.arange(B)
+        self._some = ends > 0
+
+    def stretches(self, count: int) -> Iterator["tuple[Sequences, int, int]"]:
+        """So many steps at a time, of sequences in the rows' order: how they stand, and their first and last row."""
+        T = len(self.steps) - 1
+        ends = None if self.lengths is None else self.lengths[self.order]
+        for first in range(0, T, count):
+            last = min(first + count, T)
+            lengths = None if ends is None else np.clip(ends - first, 0, last - first)
+            yield Sequences(last - first, self.B, lengths), int(self.steps[first]), int(self.steps[last])
+
+    def rows(self, x: Array) -> Array:
+        """(T, B, features) as rows (N, features)."""
+        flat = x.reshape(self.T * self.B, x.shape[2])
+        return flat if self.lengths is None else flat.take(self._index, 0)
+
+    def padded(self, rows: Array) -> Array:
+        """Rows (N, features) as (T, B, features), 0 past each sequence's end."""
+        shape = (self.T, self.B, rows.shape[1])
+        if self.lengths is None:
+            return rows.reshape(shape)
+        x = np.zeros((self.T * self.B, rows.shape[1]), rows.dtype)
+        x[self._index] = rows
+        return x.reshape(shape)
+
+    def reversed(self, rows: Array) -> Array:
+        """Each sequence's rows (N, features), the last one first."""
+        if self.lengths is not None:
+            return rows.take(self._mirror, 0)
+        return np.ascontiguousarray(rows.reshape(self.T, self.B, -1)[::-1]).reshape(rows.shape)
+
+    def sorted(self, state: Array) -> Array:
+        """A state (B, features) in the rows' order of sequences."""
+        return state if self.lengths is None else state.take(self.order, 0)
+
+    def unsorted(self, state: Array, out: Array) -> None:
+        """Write a state in the rows' order to ``out``, in the user's."""
+        if self.lengths is None:
+            out[...] = state
+        else:
+            out[self.order] = state
+
+    def last(self, y: Array, h_0: Array) -> Array:
+        """The last row of each sequence, or what was before it, if it is empty."""
+        if self.lengths is None:
+            return y[self.N - self.B :]
+        h_n = h_0.copy()
+        h_n[self._some] = y[self._last[self._some]]
+        return h_n
+
+    def chunks(self, rows: int) -> Array:
+        """Steps at which to cut so that each chunk has about so many rows, ending with the number of steps."""
+        if self.lengths is None:
+            return full_chunks(self.T, self.B, rows)
+        cuts = np.searchsorted(self.steps, np.arange(0, self.N, rows))
+        return np.unique(np.append(cuts, len(self.steps) - 1))
+
+    def largest(self, chunks: Array) -> int:
+        """The rows of the largest chunk."""
+        if self.lengths is None:
+            return -(-self.T // (len(chunks) - 1)) * self.B
+        return int(np.diff(self.steps[chunks]).max())
+
+    def share(self, me: int, parties: int, hidden: int, dtype: np.dtype) -> Share:
+        """Party ``me``'s share, as `share_of` gives it, but that parts of the batch have about as many rows."""
+        b0, b1, *rest = share_of(me, parties, self.B, hidden, dtype)
+        if self.lengths is not None and b1 - b0 < self.B:
+            ends = np.cumsum(self.lengths[self.order])
+            cuts = np.searchsorted(ends, np.arange(parties + 1) * self.N / parties).tolist()
+            b0, b1 = cuts[me], cuts[me + 1] if me + 1 < parties else self.B
+        return (b0, b1, *rest)  # type: ignore[return-value]
+
+
+@lru_cache(1024)
+def full_steps(T: int, B: int) -> Array:
+    return np.arange(T + 1, dtype=np.int64) * B
+
+
+@lru_cache(1024)
+def full_chunks(T: int, B: int, rows: int) -> Array:
+    """All chunks being nearly of one length."""
+    count = -(-T // max(1, round(rows / B)))
+    return np.arange(count + 1, dtype=np.int64) * T // count
 
 
 def parties_for(work: float, batch: int, hidden: int, dtype: np.dtype) -> int:

@@ -80,19 +80,35 @@ def as_array(value: Any, name: str) -> NDArray[Any]:
         raise TypeError(f"{name}: expected an array in main memory, got {describe(value)}: {error}") from error
 
 
-def as_kernel_array(value: Any, name: str, dtype: np.dtype, shape: tuple[int | None, ...]) -> NDArray[Any]:
-    """``value`` as kernels read arrays (C-contiguous, aligned, of one Numba type), copied only if it has to be.
-
-    ``None`` in ``shape`` stands for any size of at least 1.
-    """
+def as_checked(value: Any, name: str, dtype: np.dtype, shape: tuple[int | None, ...]) -> NDArray[Any]:
+    """``value`` as an array, if it has this dtype and shape. ``None`` in ``shape``: any size of at least 1."""
     array = value if type(value) is np.ndarray else as_array(value, name)
     if array.dtype != dtype:
         raise TypeError(f"{name}: expected dtype {dtype}, got {array.dtype}")
     if array.shape != shape and not _fits(array.shape, shape):
         expected = ", ".join("at least 1" if n is None else str(n) for n in shape)
         raise ValueError(f"{name}: expected shape ({expected}), got {array.shape}")
+    return array
+
+
+def as_kernel_array(value: Any, name: str, dtype: np.dtype, shape: tuple[int | None, ...]) -> NDArray[Any]:
+    """As `as_checked`, laid out as kernels read arrays (C-contiguous, aligned, writable); a copy if need be."""
+    array = as_checked(value, name, dtype, shape)
     # A read-only array would be another type to Numba, compiled for anew.
     return array if array.flags.carray else np.array(array, order="C")
+
+
+def as_lengths(value: Any, name: str, steps: int, batch: int) -> NDArray[np.int64]:
+    """``value`` as the lengths of a batch of sequences, from 0 to ``steps``."""
+    array = as_array(value, name)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name}: expected integers, got dtype {array.dtype}")
+    if array.shape != (batch,):
+        raise ValueError(f"{name}: expected shape ({batch},), got {array.shape}")
+    least, most = int(array.min()), int(array.max())
+    if least < 0 or most > steps:
+        raise ValueError(f"{name}: expected numbers from 0 to {steps}, got {least if least < 0 else most}")
+    return array.astype(np.int64)
 
 
 def as_indices(value: Any, name: str, below: int, shape: tuple[int, ...] | None = None) -> NDArray[np.int64]:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,13 +17,14 @@ from tqdm import tqdm
 
 from . import __version__, batching
 from .checks import as_seed
-from .models import LanguageModel, Vocabulary, load
+from .models import CELLS, LanguageModel, Vocabulary, load
 from .optim import Adam
-from .parameters import read_file
+from .parameters import Array, read_file
 from .training import Trainer, check_settings, evaluate, read_settings
 
 # What a run without options uses: about a minute on two cores.
 DEFAULTS: dict[str, Any] = {
+    "cell": "lstm",
     "hidden": 256,
     "layers": 1,
     "embed": 64,
@@ -74,9 +76,10 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="learn a text, character by character")
     train.set_defaults(run=_train)
     train.add_argument("file", nargs="?", metavar="FILE", help="a UTF-8 text; default: Python's language reference")
+    train.add_argument("--cell", choices=CELLS, help=f"of the recurrent layers (default: {DEFAULTS['cell']})")
     options = [
-        ("hidden", int, "units of each LSTM layer"),
-        ("layers", int, "LSTM layers"),
+        ("hidden", int, "units of each recurrent layer"),
+        ("layers", int, "recurrent layers"),
         ("embed", int, "numbers that stand for a character"),
         ("seq-len", int, "characters through which gradients go back"),
         ("batch", int, "places of the text that are read side by side"),
@@ -89,7 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     for name, kind, text in options:
         default = DEFAULTS[name.replace("-", "_")]
         train.add_argument(f"--{name}", type=kind, help=f"{text} (default: {default})")
+    train.add_argument("--bidirectional", action="store_true", help="refused: a language model may not look ahead")
     train.add_argument("--threads", type=int, help="default: as many as there are CPUs")
+    train.add_argument("--diagnose", metavar="FILE.png", help="draw how far gradients reach, before and after training")
     train.add_argument(
         "--out", default="model.safetensors", help="the model's file and checkpoint (default: %(default)s)"
     )
@@ -117,10 +122,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace) -> int:
+    if args.bidirectional:
+        raise ValueError("--bidirectional: expected one direction, as a language model may not look ahead")
     _set_threads(args.threads)
     out = Path(args.out)
     if not out.parent.is_dir() or not os.access(out.parent, os.W_OK) or out.is_dir():
         raise ValueError(f"--out: expected a file in a folder that can be written to, got {args.out!r}")
+    if args.diagnose is not None:
+        _check_picture(args.diagnose)
     text = _read_text(args.file)
     resume = args.resume and out.exists()
     if args.resume and not resume:
@@ -142,6 +151,7 @@ def _train(args: argparse.Namespace) -> int:
         settings["dropout"],
         seed=settings["seed"],
         vocabulary=vocabulary,
+        cell=settings["cell"],
     )
     optimizer = Adam(model.parameters, settings["lr"])
     names = ("batch", "seq_len", "epochs", "clip", "seed")
@@ -159,10 +169,32 @@ def _train(args: argparse.Namespace) -> int:
         return 130
     streams = max(1, min(32, len(validation) // 4096))
     print(f"validation: {evaluate(model, validation, streams):.4f} bits per character")
+    if args.diagnose is not None:
+        _diagnose(model, validation[: settings["seq_len"]], settings["seed"], args.diagnose)
     prompt = tokens[:1] if "\n" not in vocabulary.characters else vocabulary.encode("\n")
     sample = model.generate(prompt, 500, 0.8, np.random.default_rng(settings["seed"]))
     _write(vocabulary.decode(sample))
     return 0
+
+
+def _check_picture(file: str) -> None:
+    """Nothing is to fail after the training."""
+    if find_spec("matplotlib") is None:
+        raise ValueError("--diagnose: expected matplotlib to be installed: pip install 'fastrnn[plot]'")
+    if Path(file).suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--diagnose: expected a file named *.png, *.pdf or *.svg, got {file!r}")
+    if not Path(file).parent.is_dir() or Path(file).is_dir():
+        raise ValueError(f"--diagnose: expected a file in a folder that exists, got {file!r}")
+
+
+def _diagnose(model: LanguageModel, tokens: Array, seed: int, file: str) -> None:
+    """Draw how far gradients reach in the model that training began with, and in the trained one."""
+    from .diagnostics import gradient_flow, plot_gradient_flow
+
+    models = {"initialised": LanguageModel(**model.config, seed=seed), "trained": model}
+    flows = {name: gradient_flow(m.rnn, m.embedding(tokens[:, None]), iterations=10) for name, m in models.items()}
+    figure: Any = plot_gradient_flow(flows).figure
+    figure.savefig(file, dpi=150)
 
 
 def _run(trainer: Trainer, out: Path, every: float) -> bool:
@@ -197,8 +229,9 @@ def _settings(args: argparse.Namespace, checkpoint: Path | None) -> dict[str, An
     metadata = read_file(checkpoint)[1]
     theirs, _ = read_settings(metadata, checkpoint)
     model = load(checkpoint).config
-    renamed = {"hidden": "hidden_size", "layers": "num_layers", "embed": "embedding_dim", "dropout": "dropout"}
-    kept = {name: model[renamed[name]] if name in renamed else theirs[name] for name in DEFAULTS}
+    names = {"hidden": "hidden_size", "layers": "num_layers", "embed": "embedding_dim"}
+    names |= {name: name for name in ("cell", "dropout")}
+    kept = {name: model[names[name]] if name in names else theirs[name] for name in DEFAULTS}
     check_settings(kept, given, checkpoint)
     return kept
 

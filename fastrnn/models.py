@@ -1,4 +1,4 @@
-"""LanguageModel: Embedding, a stack of LSTM layers, Linear; and the characters that its tokens stand for."""
+"""LanguageModel: Embedding, a stack of recurrent layers, Linear; and the characters that its tokens stand for."""
 
 import json
 import os
@@ -9,12 +9,15 @@ import numpy as np
 
 from .checks import as_array, as_indices, as_kernel_array, as_seed, describe, integer, number, probability
 from .heads import Embedding, Linear
-from .layers import LSTM, Gradients, drop
+from .layers import GRU, LSTM, RNN
 from .losses import cross_entropy
 from .parameters import Array, JoinedParameters, Module, read_file
+from .recurrent import Gradients, Recurrent, drop
 
 # Arrays of a checkpoint that are not the model's parameters are named so.
 CHECKPOINT_PREFIX = "training."
+# The recurrent layers that a model may have.
+CELLS: dict[str, Callable[..., Recurrent]] = {"rnn": RNN, "lstm": LSTM, "gru": GRU}
 
 
 class Vocabulary:
@@ -81,22 +84,23 @@ def _codes(text: str) -> Array:
 
 
 class LanguageModel(Module):
-    """Predicts the next token of a sequence from those before: Embedding, LSTM layers, Linear.
+    """Predicts the next token of a sequence from those before: Embedding, recurrent layers, Linear.
 
     (Mikolov et al. 2010; with LSTM and dropout, which spares the recurrence: Zaremba, Sutskever and Vinyals 2014.)
 
     Args:
         num_tokens: tokens there are, V.
         embedding_dim: numbers that stand for a token.
-        hidden_size: units of each LSTM layer, H.
-        num_layers: LSTM layers.
-        dropout: the probability with which `vjp` drops each output of the embedding and of each LSTM layer.
+        hidden_size: units of each recurrent layer, H.
+        num_layers: recurrent layers.
+        dropout: the probability with which `vjp` drops each output of the embedding and of each recurrent layer.
         dtype: float32 or float64.
         seed: of the initial parameters and of dropout; None takes the system's.
         vocabulary: the characters that the tokens stand for, if they do; saved with the model.
+        cell: of the recurrent layers: "rnn", "lstm" or "gru".
 
     Parameters are ``embedding.weight``, ``rnn.weight_ih_l0``, ..., ``output.weight`` and ``output.bias``. Tokens are
-    integers (T, B), the state is the LSTM's, ``(h, c)``.
+    integers (T, B), the state is the recurrent layers': ``(h, c)`` of LSTM, one array of the others.
 
     Raises TypeError or ValueError for an argument of a wrong type or value.
 
@@ -121,11 +125,14 @@ class LanguageModel(Module):
         dtype: Any = np.float32,
         seed: int | None = None,
         vocabulary: Vocabulary | Iterable[str] | None = None,
+        cell: str = "lstm",
     ):
+        if not isinstance(cell, str) or cell not in CELLS:
+            raise ValueError(f"cell: expected one of {', '.join(CELLS)}, got {describe(cell)}")
         self.dropout = probability(dropout, "dropout")
         seeds: Any = np.random.SeedSequence(as_seed(seed)).generate_state(4, np.uint64)
         self.embedding = Embedding(num_tokens, embedding_dim, dtype, int(seeds[0]))
-        self.rnn = LSTM(
+        self.rnn = CELLS[cell](
             embedding_dim,
             hidden_size,
             num_layers,
@@ -149,6 +156,7 @@ class LanguageModel(Module):
             "dropout": self.dropout,
             "dtype": self.dtype.name,
             "vocabulary": None if vocabulary is None else "".join(vocabulary.characters),
+            "cell": cell,
         }
         self.parameters = JoinedParameters({"embedding": self.embedding, "rnn": self.rnn, "output": self.output})
 
@@ -271,9 +279,14 @@ def load(path: str | os.PathLike[str]) -> LanguageModel:
 def from_metadata(metadata: dict[str, str], path: Any) -> LanguageModel:
     """A language model made as the one whose file has this metadata."""
     try:
-        config = json.loads(metadata["fastrnn"])
+        config = read_config(metadata)
         if config.pop("class") != LanguageModel.__name__:
             raise KeyError
     except (KeyError, ValueError):
         raise ValueError(f"path: expected a language model's file, got {path!r}") from None
     return LanguageModel(**config)
+
+
+def read_config(metadata: dict[str, str]) -> dict[str, Any]:
+    """A model's class and arguments in its file's metadata. A file that names no cell is of LSTM layers."""
+    return {"cell": "lstm", **json.loads(metadata["fastrnn"])}

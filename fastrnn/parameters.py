@@ -38,7 +38,7 @@ class Parameters(MutableMapping[str, Array]):
 
     def __init__(self, arrays: Mapping[str, Array]):
         self.version = 0
-        self._writing = False
+        self.writing = False
         self._arrays: dict[str, Array] = {}
         self._derived: dict[Any, tuple[int, Any]] = {}
         for name, array in arrays.items():
@@ -87,18 +87,18 @@ class Parameters(MutableMapping[str, Array]):
         """
         for array in self._arrays.values():
             array.flags.writeable = True
-        self._writing = True
+        self.writing = True
         try:
             yield dict(self._arrays)
         finally:
             for array in self._arrays.values():
                 array.flags.writeable = False
-            self._writing = False
+            self.writing = False
             self.version += 1
 
     def derived(self, key: Any, make: Callable[[], T]) -> T:
         """What ``make()`` derives from the parameters, made again only when they have changed."""
-        if self._writing:  # what is made now may be out of date at the next call
+        if self.writing:  # what is made now may be out of date at the next call
             return make()
         version = self.version
         kept = self._derived.get(key)

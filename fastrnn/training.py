@@ -19,7 +19,7 @@ import numpy as np
 
 from .checks import as_array, as_indices, as_seed, describe, integer, number, positive
 from .losses import cross_entropy
-from .models import CHECKPOINT_PREFIX, LanguageModel
+from .models import CHECKPOINT_PREFIX, LanguageModel, read_config
 from .optim import Optimizer, clip_grad_norm
 from .parameters import Array, read_file, write_file
 
@@ -170,7 +170,8 @@ class Trainer:
         for name, array in self.optimizer.state_dict().items():
             arrays[f"{CHECKPOINT_PREFIX}optimizer.{name}"] = array
         if self.state is not None:
-            for name, array in zip("hc", self.state, strict=True):
+            state = self.state if isinstance(self.state, tuple) else (self.state,)
+            for name, array in zip("hc", state):
                 arrays[f"{CHECKPOINT_PREFIX}state.{name}"] = array
         progress = {"epoch": self.epoch, "window": self.window, "rng": self._rng.bit_generator.state}
         metadata = {
@@ -187,8 +188,7 @@ class Trainer:
         """
         arrays, metadata = read_file(path)
         theirs, progress = read_settings(metadata, path)
-        model = json.loads(metadata["fastrnn"])
-        check_settings(model, {"class": type(self.model).__name__, **self.model.config}, path)
+        check_settings(read_config(metadata), {"class": type(self.model).__name__, **self.model.config}, path)
         check_settings(theirs, self.settings, path)
 
         prefix = f"{CHECKPOINT_PREFIX}optimizer."
@@ -196,8 +196,9 @@ class Trainer:
         self.optimizer.load_state_dict({n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)})
         self.epoch, self.window = progress["epoch"], progress["window"]
         self._rng.bit_generator.state = progress["rng"]
-        state = [arrays.get(f"{CHECKPOINT_PREFIX}state.{name}") for name in "hc"]
-        self.state = None if state[0] is None else tuple(state)
+        names = [f"{CHECKPOINT_PREFIX}state.{name}" for name in "hc"]
+        state = tuple(arrays[name] for name in names if name in arrays)
+        self.state = state if len(state) > 1 else state[0] if state else None
 
 
 def read_settings(metadata: dict[str, str], path: Any) -> tuple[dict[str, Any], dict[str, Any]]:

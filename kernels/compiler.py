@@ -18,15 +18,19 @@ SOURCE_STAMP = _source_stamp()
 OPTIONS = {"nogil": True, "boundscheck": False, "error_model": "numpy", "fastmath": False}
 
 
-def kernel(function=None, **options):
+def kernel(function=None, *, cache=True, **options):
     """Compile ``function`` with the options that every kernel shares.
+
+    cache: False for what takes a user's functions, which Numba would take for new ones in every process.
 
     What is compiled is kept in ``NUMBA_CACHE_DIR``, beside the source or in the user's cache folder; where none of
     these can be written, it is compiled anew in every process. Numba's cache looks at the file that a function stands
     in; here an edit of any kernel's file makes it stale.
     """
     if function is None:
-        return lambda function: kernel(function, **options)
+        return lambda function: kernel(function, cache=cache, **options)
+    if not cache:
+        return numba.njit(**OPTIONS, **options)(function)
     try:
         dispatcher = numba.njit(cache=True, **OPTIONS, **options)(function)
     except RuntimeError:  # there is no folder to cache in
@@ -34,7 +38,20 @@ def kernel(function=None, **options):
     cache_file = getattr(dispatcher._cache, "_cache_file", None)
     if cache_file is not None:
         cache_file._source_stamp = SOURCE_STAMP
+        cache_file._load_index = _or_nothing(cache_file._load_index)
     return dispatcher
+
+
+def _or_nothing(load_index):
+    """Numba reads a cache's list before it asks for its age: an older version's may name classes that are no more."""
+
+    def load():
+        try:
+            return load_index()
+        except (AttributeError, ImportError):
+            return {}
+
+    return load
 
 
 def address_of(dispatcher, signature):

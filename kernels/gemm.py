@@ -15,12 +15,12 @@ from .compiler import address_of, kernel, part
 from .tile import (
     ROW_PANELS,
     ROWS,
-    VECS,
     at,
     call,
     lanes,
     load_part,
     load_whole,
+    row_product,
     store_part,
     store_whole,
     tile_product,
@@ -36,6 +36,11 @@ Panels = namedtuple("Panels", "address panel row")
 # A row-major matrix has one block; a matrix in panels has a block for each.
 Left = namedtuple("Left", "address row k blocks block")
 
+# Some of the gates of a cell: ``count`` of them that lie side by side from vector ``slot`` on. The j-th is number
+# (j + rotate) % gates of a weight (gates * H, K).
+Window = namedtuple("Window", "slot count rotate")
+WHOLE, NOTHING = Window(0, 1, 0), Window(0, 0, 0)
+
 
 @part
 def panels(columns, address):
@@ -50,6 +55,12 @@ def load(address, n):
 
 
 @part
+def zeros(address):
+    """A vector of zeros, of the address's type."""
+    return load_part(address, 0)
+
+
+@part
 def store(vector, address, n):
     """Write the first ``n`` numbers of a vector; n may be more than it holds."""
     if n >= lanes(address):
@@ -59,24 +70,52 @@ def store(vector, address, n):
 
 
 @part
-def product(multiply, first, last, N, M, start, target, left, packed, K):
+def product(multiply, first, last, wide, N, M, start, target, left, packed, K):
     """``target = start + left @ packed`` for the panels ``first`` to ``last`` of a matrix of M rows, N columns.
 
     multiply: `multiply_address` of the dtype.
+    wide: columns of a panel, up to ``W``.
     start, target: `Panels`, which may be the same; target is written, nothing past column N.
     left: `Left`, M rows of ``left.blocks * K`` numbers.
-    packed: `Panels` of as many rows, one after another.
+    packed: `Panels` of as many rows.
     """
     s = start.address, start.panel, start.row
     c = target.address, target.panel, target.row
     a = left.address, left.row, left.k, left.blocks, left.block
-    call(multiply, (first, last, N, M, *s, *c, *a, packed.address, packed.panel, K))
+    call(multiply, (first, last, wide, N, M, *s, *c, *a, packed.address, packed.panel, packed.row, K))
+
+
+@part
+def _together(left):
+    """How many of so many whole panels to take at once for a single row.
+
+    One row waits for its weights: of several panels, several streams of them are under way.
+    """
+    return ROW_PANELS if left >= ROW_PANELS else 2 if left >= 2 else 1
+
+
+@part
+def product_of_row(first, last, wide, N, start, target, left, packed, K):
+    """As `product`, for a row ``left`` of K numbers at an address, without a call: for what is too short for one."""
+    L = lanes(left)
+    p = first
+    while p < last:
+        n = min(wide, N - p * wide)
+        vecs = (n + L - 1) // L
+        together = _together(min(last, N // wide) - p) if vecs >= 3 else 1
+        row_product(
+            1, vecs, together, together * wide if together > 1 else n,
+            at(start.address, p * start.panel), start.panel, at(target.address, p * target.panel), target.panel,
+            Left(left, K, 1, 1, 0), at(packed.address, p * packed.panel), packed.panel, packed.row, K,
+        )  # fmt: skip
+        p += together
 
 
 @kernel(no_cpython_wrapper=True)
 def _multiply(
     first,
     last,
+    wide,
     N,
     M,
     start,
@@ -92,30 +131,30 @@ def _multiply(
     block,
     packed,
     p_panel,
+    p_row,
     K,
 ):
     """The work of `product`, as a C function: compiled once for all kernels, which would each compile it again."""
-    W, L = width(packed), lanes(packed)
+    L = lanes(packed)
     p = first
     while p < last:
         s, s_step = at(start, p * s_panel), s_row
         c, c_step = at(target, p * c_panel), c_row
-        # One row waits for its weights: with several panels at once, several streams of them are under way.
-        several = M == 1 and p + ROW_PANELS <= last and (p + ROW_PANELS) * W <= N
-        if several:
-            n, vecs, s_step, c_step = ROW_PANELS * W, ROW_PANELS * VECS, s_panel, c_panel
-        else:
-            n = min(W, N - p * W)
-            vecs = VECS if n > 2 * L else 2 if n > L else 1
+        n = min(wide, N - p * wide)
+        vecs, together = (n + L - 1) // L, 1
+        if M == 1 and vecs >= 3:
+            together = _together(min(last, N // wide) - p)
+        if together > 1:
+            n, s_step, c_step = together * wide, s_panel, c_panel
         i = 0
         for tiles in range((M + ROWS - 1) // ROWS, 0, -1):
             # Tiles of nearly the same height: full ones and a thin rest would leave the rest slow.
-            rows = (M - i + tiles - 1) // tiles
+            rows = M - i if tiles == 1 else (M - i + tiles - 1) // tiles
             a = Left(at(left, i * a_row), a_row, a_k, blocks, block)
             si, ci = at(s, i * s_step), at(c, i * c_step)
-            tile_product(rows, vecs, n, si, s_step, ci, c_step, a, at(packed, p * p_panel), p_panel, K)
+            tile_product(rows, vecs, together, n, si, s_step, ci, c_step, a, at(packed, p * p_panel), p_panel, p_row, K)
             i += rows
-        p += ROW_PANELS if several else 1
+        p += together
 
 
 @lru_cache(None)
@@ -123,7 +162,7 @@ def multiply_address(dtype):
     """What `product` calls for arrays of a NumPy dtype: an address, valid in this process."""
     n, number = types.int64, types.CPointer(types.float32 if dtype == np.float32 else types.float64)
     panels = (number, n, n)
-    return address_of(_multiply, types.void(n, n, n, n, *panels, *panels, number, n, n, n, n, number, n, n))
+    return address_of(_multiply, types.void(n, n, n, n, n, *panels, *panels, number, n, n, n, n, *panels, n))
 
 
 @part
@@ -136,43 +175,41 @@ def copy_row(source, target, n):
 
 
 @part(inline=False)
-def pack(w, gates, H, K, out):
-    """Pack a weight for products ``x @ w.T``.
+def pack(w, window, gates, units, H, K, out):
+    """Pack some gates of a weight for products ``x @ w.T``.
 
-    w: address of (gates * H, K). out: address of (U, K, gates, L), written: L units of every gate stand together, so
-    that a panel holds all gates of its units. ``L = W // gates``, ``U = ceil(H / L)``; units past H are 0.
+    w: address of (gates * H, K). out: address of (panels, K, window.count, units), written: so many units of every gate
+    of the `Window` stand together, so that a panel holds all of these gates of its units; units past H are 0.
     """
-    L, V = width(out) // gates, lanes(out)
-    for i in range((H + L - 1) // L * gates * L):
-        u, g, l = i // (gates * L), i // L % gates, i % L
-        exists = u * L + l < H
-        row = at(w, (g * H + u * L + l if exists else 0) * K)
-        target = at(out, (u * K * gates + g) * L + l)
-        squares = K // V if u * L + l // V * V + V <= H else 0
+    wide, V = window.count * units, lanes(out)
+    for i in range((H + units - 1) // units * wide):
+        p, g, l = i // wide, (i // units % window.count + window.rotate) % gates, i % units
+        exists = p * units + l < H
+        row = at(w, (g * H + p * units + l if exists else 0) * K)
+        target = at(out, p * K * wide + i % wide)
+        squares = K // V if p * units + l // V * V + V <= H else 0
         if l % V == 0:
             for k in range(0, squares * V, V):
-                transpose(at(row, k), K, at(target, k * gates * L), gates * L)
+                transpose(at(row, k), K, at(target, k * wide), wide)
         for k in range(squares * V, K):
-            target[k * gates * L] = row[k] if exists else 0
+            target[k * wide] = row[k] if exists else 0
 
 
 @part(inline=False)
-def pack_transposed(w, gates, H, N, out):
-    """Pack a weight for products ``d @ w``, with d in panels as products with `pack`'s leave them.
+def pack_transposed(w, window, gates, units, H, N, out):
+    """Pack some gates of a weight for products ``d @ w``, with d in panels as products with `pack`'s leave them.
 
-    w: address of (gates * H, N). out: address of (panels of N, U * gates * L, W), written: rows in the order of
-    `pack`'s columns, 0 for units past H and columns past N.
+    w: address of (gates * H, N). out: address of (panels of N, panels of H, window.count, units, W), written: rows in
+    the order of `pack`'s columns, 0 for units past H and columns past N.
     """
-    W = width(out)
-    L = W // gates
-    U = (H + L - 1) // L
+    W, wide = width(out), window.count * units
+    rows = (H + units - 1) // units * wide
     for p in range(panels(N, out)):
         n = min(W, N - p * W)
-        for i in range(U * gates * L):
-            u, g, l = i // (gates * L), i // L % gates, i % L
-            exists = u * L + l < H
-            source = at(w, (g * H + u * L + l) * N + p * W if exists else 0)
-            copy_row(source, at(out, (p * U * gates * L + i) * W), n if exists else 0)
+        for i in range(rows):
+            g, j = (i // units % window.count + window.rotate) % gates, i // wide * units + i % units
+            source = at(w, (g * H + j) * N + p * W if j < H else 0)
+            copy_row(source, at(out, (p * rows + i) * W), n if j < H else 0)
 
 
 @part(inline=False)

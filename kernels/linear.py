@@ -13,7 +13,7 @@ and of the weight's gradient by tiles. The bits do not depend on the cut. ``mult
 
 from .barrier import meet
 from .compiler import kernel
-from .gemm import Left, Panels, load, pack, pack_rows, pack_transposed, panels, product, store
+from .gemm import WHOLE, Left, Panels, load, pack, pack_rows, pack_transposed, panels, product, store
 from .tile import ROWS, at, lanes, width
 
 # Rows whose part of the weight's gradient is added at once, so that they stay in the second-level cache meanwhile.
@@ -27,7 +27,7 @@ def pack_forward(w, bias, out):
     bias_size = panels(N, at(out, 0)) * width(at(out, 0))
     for j in range(bias_size):
         out[j] = bias[j] if j < N else 0
-    pack(at(w, 0), 1, N, K, at(out, bias_size))
+    pack(at(w, 0), WHOLE, 1, width(at(out, 0)), N, K, at(out, bias_size))
 
 
 @kernel
@@ -37,7 +37,7 @@ def pack_backward(w, out):
     W = width(at(out, 0))
     for j in range(W):
         out[j] = 0
-    pack_transposed(at(w, 0), 1, N, K, at(out, W))
+    pack_transposed(at(w, 0), WHOLE, 1, W, N, K, at(out, W))
 
 
 @kernel
@@ -53,7 +53,7 @@ def forward(x, packed, y, xs, save, me, parties, barrier, multiply):
     if parties * ROWS > M:
         r0, r1, p0, p1 = 0, M, me * PN // parties, (me + 1) * PN // parties
     bias, w = Panels(at(packed, 0), W, 0), Panels(at(packed, PN * W), K * W, W)
-    product(multiply, p0, p1, N, r1 - r0, bias, Panels(at(y, r0 * N), W, N), Left(at(x, r0 * K), K, 1, 1, 0), w, K)
+    product(multiply, p0, p1, W, N, r1 - r0, bias, Panels(at(y, r0 * N), W, N), Left(at(x, r0 * K), K, 1, 1, 0), w, K)
     meet(barrier, parties)
 
 
@@ -71,7 +71,8 @@ def backward(dy, xs, packed, dx, dw, db, me, parties, barrier, multiply):
 
     r0, r1 = me * M // parties, (me + 1) * M // parties
     w = Panels(at(packed, W), PN * W * W, W)
-    product(multiply, 0, PK, K, r1 - r0, nothing, Panels(at(dx, r0 * K), W, K), Left(at(dy, r0 * N), N, 1, 1, 0), w, N)
+    target, left = Panels(at(dx, r0 * K), W, K), Left(at(dy, r0 * N), N, 1, 1, 0)
+    product(multiply, 0, PK, W, K, r1 - r0, nothing, target, left, w, N)
 
     group = 2 * ROWS
     groups = (N + group - 1) // group
@@ -82,9 +83,8 @@ def backward(dy, xs, packed, dx, dw, db, me, parties, barrier, multiply):
             p, n = item // groups, item % groups * group
             target = Panels(at(dw, n * K), W, K)
             left = Left(at(dy, first * N + n), 1, N, 1, 0)
-            product(
-                multiply, p, p + 1, K, min(group, N - n), nothing if first == 0 else target, target, left, source, rows
-            )
+            start = nothing if first == 0 else target
+            product(multiply, p, p + 1, W, K, min(group, N - n), start, target, left, source, rows)
 
     vectors = (N + L - 1) // L
     for v in range(me * vectors // parties, (me + 1) * vectors // parties):

@@ -53,6 +53,9 @@ ROWS = 6 if REGISTERS == 32 else 3 if FUSED else 2
 # vector rides along.
 ROW_PANELS, RIDER_ROWS = (4, 12) if REGISTERS == 32 else (2, 4)
 
+# Rows, vectors and panels of the tiles of a single row.
+ROW_SHAPES = [(1, v, 1) for v in range(1, VECS + 1)] + [(1, v, n) for v in (3, 4) for n in sorted({2, ROW_PANELS})]
+
 
 class Vector(types.Type):
     def __init__(self, dtype):
@@ -244,50 +247,38 @@ def _multiply_add(builder, sums, numbers, right):
             builder.store(_fma(builder, number, vector, builder.load(s)), s)
 
 
-@intrinsic
-def tile_product(typing, rows, vecs, n, start, start_row, target, target_row, left, packed, packed_panel, K):
-    """``target = start + left @ packed``, one tile of ``rows`` rows and ``n`` columns, in ``vecs`` vectors a row.
+def _tile_product(shapes, lanes):
+    """The code generator of `tile_product` for some shapes: rows, vectors, panels."""
 
-    start, target: addresses of matrices with ``*_row`` numbers from row to row (0: one row for all).
-    left: ``Left(address, row, k, blocks, block)`` as `gemm` describes it.
-    packed: address of a panel of ``left.blocks * K`` rows, a tile wide.
-    rows: at most `ROWS`. vecs: 1, 2 or `VECS`, enough for n; or, for one row, `ROW_PANELS` whole panels at once, which
-    lie ``packed_panel`` numbers apart, and so do start's and target's, ``*_row`` numbers apart.
-
-    A number of the product is one chain of multiply-adds, over k in ascending order.
-    """
-    shapes = [(r, v) for r in range(1, ROWS + 1) for v in (1, 2, VECS)] + [(1, ROW_PANELS * VECS)]
-    L = LANES[packed.dtype]
-
-    def generate(builder, r, v, args):
-        n, start, start_row, target, target_row, (a, a_row, a_k, blocks, a_block), p, p_panel, K = args
-        sums = [cgutils.alloca_once(builder, _vector(start.type.pointee)) for _ in range(r * v)]
-        places = [(i, j) for i in range(r) for j in range(v)]
+    def generate(builder, r, v, several, args):
+        n, start, start_row, target, target_row, (a, a_row, a_k, blocks, a_block), p, p_panel, p_row, K = args
+        places = [(i, j) for i in range(r) for j in range(v * several)]
+        sums = [cgutils.alloca_once(builder, _vector(start.type.pointee)) for _ in places]
 
         def place(base, stride, i, j):
-            return _offset(builder, _offset(builder, base, stride, i if v <= VECS else j // VECS), L, j % VECS)
+            return _offset(builder, _offset(builder, base, stride, i + j // v), lanes, j % v)
 
         def each(whole, part):
             """Do ``whole(sum, place)``, or ``part(sum, place, columns)`` where the matrix's edge cuts the tile."""
-            if v < VECS:
+            if v < 3:
                 for s, (i, j) in zip(sums, places):
-                    part(s, (i, j), builder.sub(n, I64(j * L)))
+                    part(s, (i, j), builder.sub(n, I64(j * lanes)))
                 return
-            with builder.if_else(builder.icmp_signed(">=", n, I64(v * L))) as (then, otherwise):
+            with builder.if_else(builder.icmp_signed(">=", n, I64(v * several * lanes))) as (then, otherwise):
                 with then:
                     for s, (i, j) in zip(sums, places):
                         whole(s, (i, j))
                 with otherwise:
                     for s, (i, j) in zip(sums, places):
-                        part(s, (i, j), builder.sub(n, I64(j * L)))
+                        part(s, (i, j), builder.sub(n, I64(j * lanes)))
 
         each(
             lambda s, ij: builder.store(_load(builder, place(start, start_row, *ij)), s),
             lambda s, ij, n: builder.store(_load_part(builder, place(start, start_row, *ij), n), s),
         )
         with cgutils.for_range(builder, blocks) as q, cgutils.for_range(builder, K) as k:
-            row = builder.gep(p, [builder.mul(builder.add(builder.mul(q.index, K), k.index), I64(VECS * L))])
-            right = [_load(builder, place(row, p_panel, 0, j)) for j in range(v)]
+            row = builder.gep(p, [builder.mul(builder.add(builder.mul(q.index, K), k.index), p_row)])
+            right = [_load(builder, place(row, p_panel, 0, j)) for j in range(v * several)]
             column = builder.gep(a, [builder.add(builder.mul(q.index, a_block), builder.mul(k.index, a_k))])
             _multiply_add(builder, sums, [_offset(builder, column, a_row, i) for i in range(r)], right)
             if r > 1:
@@ -299,56 +290,101 @@ def tile_product(typing, rows, vecs, n, start, start_row, target, target_row, le
         )
 
     def codegen(context, builder, signature, args):
-        rows, vecs, *rest = args
+        rows, vecs, panels, *rest = args
         rest[5] = [builder.extract_value(rest[5], i) for i in range(5)]
         done = builder.append_basic_block("done")
-        switch = builder.switch(builder.add(builder.mul(rows, I64(64)), vecs), done)
-        for r, v in shapes:
-            block = builder.append_basic_block(f"tile.{r}.{v}")
-            switch.add_case(I64(r * 64 + v), block)
+        shape = builder.add(builder.mul(builder.add(builder.mul(rows, I64(8)), vecs), I64(8)), panels)
+        switch = builder.switch(shape, done)
+        for r, v, several in shapes:
+            block = builder.append_basic_block(f"tile.{r}.{v}.{several}")
+            switch.add_case(I64((r * 8 + v) * 8 + several), block)
             builder.position_at_end(block)
-            generate(builder, r, v, rest)
+            generate(builder, r, v, several, rest)
             builder.branch(done)
         builder.position_at_end(done)
         return context.get_dummy_value()
 
-    integers = (types.int64,) * 3
-    kinds = (*integers, start, types.int64, target, types.int64, left, packed, types.int64, types.int64)
-    return types.void(*kinds), codegen
+    return codegen
+
+
+@intrinsic
+def tile_product(
+    typing, rows, vecs, panels, n, start, start_row, target, target_row, left, packed, packed_panel, packed_row, K
+):
+    """``target = start + left @ packed``, one tile of ``rows`` rows and ``n`` columns, in ``vecs`` vectors a row.
+
+    start, target: addresses of matrices with ``*_row`` numbers from row to row (0: one row for all).
+    left: ``Left(address, row, k, blocks, block)`` as `gemm` describes it.
+    packed: address of a panel of ``left.blocks * K`` rows, ``packed_row`` numbers apart.
+    rows: at most `ROWS`. vecs: at most `VECS`, enough for n. panels: 1; or, for one row and 3 or 4 vectors, 2 or
+    `ROW_PANELS` whole panels at once, which lie ``packed_panel`` numbers apart, and so do start's and target's,
+    ``*_row`` numbers apart.
+
+    A number of the product is one chain of multiply-adds, over k in ascending order.
+    """
+    shapes = [(r, v, 1) for r in range(2, ROWS + 1) for v in range(1, VECS + 1)]
+    kinds = (*(types.int64,) * 4, start, types.int64, target, types.int64, left, packed, *(types.int64,) * 3)
+    return types.void(*kinds), _tile_product(ROW_SHAPES + shapes, LANES[packed.dtype])
+
+
+@intrinsic
+def row_product(
+    typing, rows, vecs, panels, n, start, start_row, target, target_row, left, packed, packed_panel, packed_row, K
+):
+    """`tile_product` for one row only: less code."""
+    kinds = (*(types.int64,) * 4, start, types.int64, target, types.int64, left, packed, *(types.int64,) * 3)
+    return types.void(*kinds), _tile_product(ROW_SHAPES, LANES[packed.dtype])
 
 
 @intrinsic
 def row_and_tile_product(
-    typing, target, target_panel, a, packed, packed_panel, K, tile_start, tile, left, left_row, right, tile_K
+    typing,
+    vecs,
+    target,
+    target_panel,
+    a,
+    packed,
+    packed_panel,
+    packed_row,
+    K,
+    tile_start,
+    tile,
+    tile_row,
+    left,
+    left_row,
+    right,
+    tile_K,
 ):
     """Two products at once: one that waits for memory, and one that keeps the multiply-add units busy meanwhile.
 
-    ``target += a @ packed`` for a row ``a`` of K numbers and `ROW_PANELS` panels, ``packed_panel`` numbers apart.
-    ``tile = tile_start + left @ right`` for `RIDER_ROWS` rows, ``left_row`` numbers apart, and one vector of columns:
-    tile_start is one vector, tile and right lie in panels, a tile wide, and right has ``tile_K`` rows.
+    ``target += a @ packed`` for a row ``a`` of K numbers and `ROW_PANELS` panels of ``vecs`` vectors, 3 or 4,
+    ``packed_panel`` numbers apart, their rows ``packed_row`` apart.
+    ``tile = tile_start + left @ right`` for `RIDER_ROWS` rows, ``tile_row`` and ``left_row`` numbers apart, and one
+    vector of columns: tile_start is one vector, and right has ``tile_K`` rows, ``packed_row`` numbers apart.
     Each number is summed as in `tile_product`.
     """
     L = LANES[packed.dtype]
-    W = VECS * L
 
-    def codegen(context, builder, signature, args):
-        target, target_panel, a, packed, packed_panel, K, tile_start, tile, left, left_row, right, tile_K = args
+    def generate(builder, v, args):
+        target, target_panel, a, packed, packed_panel, packed_row, K, tile_start, tile, tile_row = args[:10]
+        left, left_row, right, tile_K = args[10:]
         vector = _vector(target.type.pointee)
-        sums = [cgutils.alloca_once(builder, vector) for _ in range(ROW_PANELS * VECS)]
+        sums = [cgutils.alloca_once(builder, vector) for _ in range(ROW_PANELS * v)]
         tile_sums = [cgutils.alloca_once(builder, vector) for _ in range(RIDER_ROWS)]
 
         def place(base, panel, j):
-            return _offset(builder, _offset(builder, base, panel, j // VECS), L, j % VECS)
+            return _offset(builder, _offset(builder, base, panel, j // v), L, j % v)
 
         def row_step(k):
-            row = builder.gep(packed, [builder.mul(k, I64(W))])
+            row = builder.gep(packed, [builder.mul(k, packed_row)])
             weights = [_load(builder, place(row, packed_panel, j)) for j in range(len(sums))]
             _multiply_add(builder, sums, [builder.gep(a, [k])], weights)
 
         def tile_step(k):
-
             numbers = [builder.gep(_offset(builder, left, left_row, i), [k]) for i in range(RIDER_ROWS)]
-            _multiply_add(builder, tile_sums, numbers, [_load(builder, builder.gep(right, [builder.mul(k, I64(W))]))])
+            _multiply_add(
+                builder, tile_sums, numbers, [_load(builder, builder.gep(right, [builder.mul(k, packed_row)]))]
+            )
 
         for j, s in enumerate(sums):
             builder.store(_load(builder, place(target, target_panel, j)), s)
@@ -365,11 +401,18 @@ def row_and_tile_product(
         for j, s in enumerate(sums):
             _store(builder, builder.load(s), place(target, target_panel, j))
         for i, s in enumerate(tile_sums):
-            _store(builder, builder.load(s), _offset(builder, tile, W, i))
+            _store(builder, builder.load(s), _offset(builder, tile, tile_row, i))
+
+    def codegen(context, builder, signature, args):
+        with builder.if_else(builder.icmp_signed("==", args[0], I64(3))) as (three, four):
+            with three:
+                generate(builder, 3, args[1:])
+            with four:
+                generate(builder, 4, args[1:])
         return context.get_dummy_value()
 
     n = types.int64
-    return types.void(target, n, a, packed, n, n, tile_start, tile, left, n, right, n), codegen
+    return types.void(n, target, n, a, packed, n, n, n, tile_start, tile, n, left, n, right, n), codegen
 
 
 # Arithmetic. A Python number takes the vector's dtype, so that an equation reads as it is written.
@@ -435,6 +478,24 @@ def horner(typing, x, coefficients):
         return _elementwise(polynomial)(context, builder, x(x, *coefficients), [args[0], *numbers])
 
     return x(x, coefficients), codegen
+
+
+@intrinsic
+def map_lanes(typing, function, x):
+    """``function``, which Numba has compiled, of each number of a vector."""
+    signature_ = typing.resolve_function_type(function, (x.dtype,), {})
+
+    def codegen(context, builder, signature, args):
+        call = context.get_function(function, signature_)
+        context.add_linking_libs(getattr(call, "libs", ()))
+        vector = args[1]
+        for i in range(x.lanes):
+            value = call(builder, [builder.extract_element(args[1], I32(i))])
+            value = context.cast(builder, value, signature_.return_type, x.dtype)
+            vector = builder.insert_element(vector, value, I32(i))
+        return vector
+
+    return x(function, x), codegen
 
 
 @intrinsic

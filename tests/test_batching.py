@@ -1,4 +1,6 @@
-"""Threads: the same bits for any number of them, and calls from many threads, forked processes, at the end of one."""
+"""How sequences stand in rows; and threads: the same bits for any number of them, and calls from many threads, forked
+processes, at the end of one.
+"""
 
 import os
 import subprocess
@@ -10,11 +12,13 @@ import warnings
 import numpy as np
 import pytest
 from conftest import ROOT
-from oracle import assert_same_bits
-from test_layers import assert_all_same_bits, everything, inputs
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from oracle import assert_all_same_bits, assert_same_bits, everything, inputs, lengths_for, make
 
 import fastrnn
 from fastrnn import batching
+from fastrnn.batching import Sequences
 
 pytestmark = pytest.mark.usefixtures("small_shares", "pool")
 
@@ -165,6 +169,24 @@ def test_threads_train_on_one_layer_while_its_parameters_change():
     run_threads([read, read, read, write])
 
 
+@pytest.mark.parametrize("case", ["RNN", "LSTM proj", "GRU", "GRU reset before"])
+def test_many_threads_call_any_layer_with_lengths(case):
+    batching.set_num_threads(3)
+    calls = []
+    for T, B, H in [(4, 9, 5), (3, 2, 140)]:
+        layer = make(case, 3, H, num_layers=2)
+        arguments = inputs(layer, T, B)
+        for lengths in (None, lengths_for(T, B)):
+            calls.append((layer, arguments, lengths, everything(layer, *arguments, lengths=lengths)))
+
+    def work(first):
+        for i in range(8):
+            layer, arguments, lengths, expected = calls[(first + i) % len(calls)]
+            assert_all_same_bits(everything(layer, *arguments, lengths=lengths), expected)
+
+    run_threads([lambda first=first: work(first) for first in range(6)])
+
+
 def in_a_fork(function):
     """Whether ``function()`` returns true in a forked child, which must end in time."""
     with warnings.catch_warnings():
@@ -311,6 +333,179 @@ def test_large_empty_arrays_begin_on_a_cache_line(dtype):
         assert array.dtype == dtype
         assert array.flags.carray
         assert count < 5000 or array.ctypes.data % 64 == 0
+
+
+# Sequences in rows.
+
+
+@st.composite
+def batches(draw):
+    """``T, B, lengths``, None standing for whole sequences."""
+    T, B = draw(st.integers(1, 9)), draw(st.integers(1, 8))
+    lengths = draw(st.none() | st.lists(st.integers(0, T), min_size=B, max_size=B))
+    return T, B, None if lengths is None else np.array(lengths)
+
+
+def rows_of(T, B, lengths):
+    """Step t and sequence b of each row, and the sequences in the rows' order: loops instead of indices."""
+    lengths = [T] * B if lengths is None else lengths.tolist()
+    order = sorted(range(B), key=lambda b: -lengths[b])
+    return [(t, b) for t in range(T) for b in order if lengths[b] > t], order, lengths
+
+
+def numbered(T, B, features=2):
+    """No two numbers are the same, and none is 0."""
+    return np.arange(1, 1 + T * B * features, dtype=np.float32).reshape(T, B, features)
+
+
+@given(batches())
+def test_rows_and_padding(batch):
+    T, B, _ = batch
+    sequences, (places, _, ends), x = Sequences(*batch), rows_of(*batch), numbered(T, B)
+    assert len(places) == sequences.N
+    rows = sequences.rows(x)
+    assert rows.tolist() == [x[place].tolist() for place in places]
+    steps = sequences.steps.tolist()
+    assert len(steps) == 1 + max(ends)
+    assert [steps[t + 1] - steps[t] for t in range(max(ends))] == [sum(n > t for n in ends) for t in range(max(ends))]
+    padded = sequences.padded(rows)
+    assert padded.shape == x.shape
+    for t in range(T):
+        for b in range(B):
+            assert padded[t, b].tolist() == (x[t, b].tolist() if t < ends[b] else [0, 0])
+    assert rows.flags.c_contiguous
+
+
+@given(batches())
+def test_sequences_reversed(batch):
+    """Each by itself: its last step takes the place of its first."""
+    T, B, _ = batch
+    sequences, (places, _, ends), x = Sequences(*batch), rows_of(*batch), numbered(T, B)
+    rows = sequences.rows(x)
+    got = sequences.reversed(rows)
+    assert got.flags.c_contiguous
+    assert got.tolist() == [x[ends[b] - 1 - t, b].tolist() for t, b in places]
+    assert sequences.reversed(got).tolist() == rows.tolist()
+
+
+@given(batches())
+def test_states_sorted_and_unsorted(batch):
+    sequences, (_, order, _), state = Sequences(*batch), rows_of(*batch), numbered(1, batch[1])[0]
+    got = sequences.sorted(state)
+    assert got.tolist() == [state[b].tolist() for b in order]
+    out = np.zeros_like(state)
+    sequences.unsorted(got, out)
+    assert out.tolist() == state.tolist()
+
+
+@given(batches())
+def test_the_last_row_of_each_sequence(batch):
+    T, B, _ = batch
+    sequences, (_, order, ends), x = Sequences(*batch), rows_of(*batch), numbered(T, B)
+    before = -numbered(1, B)[0]
+    kept = before.copy()
+    got = sequences.last(sequences.rows(x), before)
+    assert got.tolist() == [(x[ends[b] - 1, b] if ends[b] else before[i]).tolist() for i, b in enumerate(order)]
+    assert before.tolist() == kept.tolist()
+
+
+@given(batches(), st.integers(1, 100))
+def test_chunks(batch, rows):
+    """From the first step to the last, none empty, and about as large as asked for: a step is not cut."""
+    sequences = Sequences(*batch)
+    assume(sequences.N)
+    chunks = sequences.chunks(rows)
+    steps = sequences.steps
+    assert chunks[0] == 0
+    assert chunks[-1] == len(steps) - 1
+    assert (np.diff(chunks) > 0).all()
+    sizes = np.diff(steps[chunks])
+    assert sizes.max() <= sequences.largest(chunks)
+    assert sequences.largest(chunks) <= sequences.B * -(-int(sizes.max()) // sequences.B)
+    assert sizes.max() < rows + 2 * sequences.B
+    assert len(sizes) <= 1.5 * sequences.N / rows + 1
+
+
+@given(batches(), st.integers(1, 10))
+def test_stretches(batch, count):
+    """One after another they are the rows, and each has the sequences in the rows' order."""
+    T, B, _ = batch
+    sequences, (_, order, ends), x = Sequences(*batch), rows_of(*batch), numbered(T, B)
+    rows, at, first_step = sequences.rows(x), 0, 0
+    for part, first, last in sequences.stretches(count):
+        assert first == at
+        assert last - first == part.N > 0
+        assert part.B == B
+        assert 0 < part.T <= count
+        wanted = np.zeros((part.T, B, 2), np.float32)
+        for i, b in enumerate(order):
+            n = min(max(ends[b] - first_step, 0), part.T)
+            wanted[:n, i] = x[first_step : first_step + n, b]
+        assert part.padded(rows[first:last]).tolist() == wanted.tolist()
+        # Sorting does not change what is sorted already.
+        assert part.sorted(np.arange(B)).tolist() == list(range(B))
+        at, first_step = last, first_step + part.T
+    assert at == sequences.N
+    assert first_step == max(ends)
+
+
+@given(batches(), st.integers(1, 4), st.sampled_from([1, 17, 130, 300]))
+def test_shares_of_ragged_batches(batch, parties, hidden):
+    """They cover the batch, or its units, in order and once."""
+    sequences, dtype = Sequences(*batch), np.dtype(np.float32)
+    units = -(-hidden // batching.LANES_OF[dtype])
+    shares = [sequences.share(me, parties, hidden, dtype) for me in range(parties)]
+    assert [share[4:] for share in shares] == [(me, parties) for me in range(parties)]
+    assert all(type(number) is int for share in shares for number in share)
+    whole = [batching.share_of(me, parties, sequences.B, hidden, dtype) for me in range(parties)]
+    assert [share[2:] for share in shares] == [share[2:] for share in whole]
+    by_rows = any(b1 - b0 < sequences.B for b0, b1, *_ in whole)
+    if by_rows:
+        assert [b0 for b0, *_ in shares] == [0, *[b1 for _, b1, *_ in shares[:-1]]]
+        assert shares[-1][1] == sequences.B
+        assert all(b0 <= b1 for b0, b1, *_ in shares)
+        assert all(share[2:4] == (0, units) for share in shares)
+    else:
+        assert all(share[:2] == (0, sequences.B) for share in shares)
+
+
+@pytest.mark.parametrize("parties", [2, 3, 7])
+@pytest.mark.parametrize("kind", ["any", "a few long ones", "mostly empty", "whole"])
+def test_shares_of_ragged_batches_have_about_as_many_rows(kind, parties, rng):
+    B, T = 240, 50
+    lengths = {
+        "any": rng.integers(0, T + 1, B),
+        "a few long ones": np.where(np.arange(B) % 10 == 3, T, 2),
+        "mostly empty": np.where(np.arange(B) % 3 == 1, rng.integers(1, T + 1, B), 0),
+        "whole": np.full(B, T),
+    }[kind]
+    sequences, ends = Sequences(T, B, lengths), np.sort(lengths)[::-1]
+    shares = [sequences.share(me, parties, 8, np.dtype(np.float32)) for me in range(parties)]
+    assert shares[0][1] < B
+    rows = [int(ends[b0:b1].sum()) for b0, b1, *_ in shares]
+    assert sum(rows) == sequences.N
+    # A sequence is not cut.
+    assert max(abs(n - sequences.N / parties) for n in rows) <= T
+
+
+@pytest.mark.parametrize("case", ["RNN", "LSTM", "LSTM proj", "GRU reset before"])
+@pytest.mark.parametrize("options", [{}, {"recurrent_dropout": 0.3, "zoneout": 0.2}], ids=["plain", "masked"])
+@pytest.mark.parametrize("lengths", [[9] + [0] * 19, [0] * 19 + [1], [9, 9] + [1] * 18], ids=str)
+def test_threads_that_have_no_rows(lengths, options, case):
+    """One sequence is not cut, so some threads have nothing to do but to meet the others."""
+    layer = make(case, 3, 20, num_layers=2, **options)
+    arguments = inputs(layer, 9, 20)
+
+    def results():
+        return everything(layer, *arguments, rng=np.random.default_rng(1), lengths=lengths)
+
+    batching.set_num_threads(1)
+    expected = results()
+    batching.set_num_threads(4)
+    for _ in range(3):
+        wait_for_helpers()
+        assert_all_same_bits(results(), expected)
+    assert len(batching._pool.helpers) == 3
 
 
 # The end of the interpreter.

@@ -72,6 +72,20 @@ def test_train_then_generate(text, tmp_path, capsys):
     assert greedy == "1 is süß" + model.vocabulary.decode(tokens) + "\n"
 
 
+@pytest.mark.parametrize("cell", models.CELLS)
+def test_cell_is_chosen_and_kept_by_the_checkpoint(cell, text, tmp_path, capsys):
+    out = tmp_path / "model"
+    assert run(["train", text, *SMALL, "--cell", cell, "--out", out], capsys)[0] == 0
+    assert models.load(out).config["cell"] == cell
+    for argv in (["train", text, "--resume", "--out", out], ["generate", out, "--length", 3]):
+        code, stdout, stderr = run(argv, capsys)
+        assert (code, bool(stdout)) == (0, True), stderr
+    other = next(name for name in models.CELLS if name != cell)
+    code, _, stderr = run(["train", text, "--resume", "--out", out, "--cell", other], capsys)
+    assert code == 2
+    assert f"it has '{cell}', not '{other}'" in stderr
+
+
 def test_what_is_held_out_is_not_learnt(tmp_path, capsys):
     text = tmp_path / "text"
     learnt = "ab" * 950
@@ -186,6 +200,13 @@ ERRORS = {
     "unknown command": (["fly"], "invalid choice: 'fly'"),
     "unknown option": (["train", "--fly"], "unrecognized arguments: --fly"),
     "no number": (["train", "--hidden", "many"], "argument --hidden: invalid int value: 'many'"),
+    "cell": (["train", "{text}", "--cell", "lstn"], "argument --cell: invalid choice: 'lstn'"),
+    "picture nowhere": (
+        ["train", "{text}", "--diagnose", "{text}/none/a.png"],
+        "--diagnose: expected a file in a folder",
+    ),
+    "picture of no kind": (["train", "{text}", "--diagnose", "a.txt"], r"--diagnose: expected a file named \*.png"),
+    "bidirectional": (["train", "{text}", "--bidirectional"], "--bidirectional: .* language model may not look ahead"),
     "hidden": (["train", "{text}", "--hidden", 0], "hidden_size: expected at least 1, got 0"),
     "dropout": (["train", "{text}", "--dropout", 1], "dropout: expected a probability less than 1"),
     "lr": (["train", "{text}", "--lr", "nan"], "lr: expected a number from 0"),
@@ -231,3 +252,13 @@ def test_errors_are_one_line(name, text, tmp_path, capsys, request):
     assert re.search(message, stderr)
     assert stdout == ""
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+def test_diagnose_draws_a_picture(cell, text, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    out, picture = tmp_path / "model", tmp_path / "flow.png"
+    options = [*SMALL, "--epochs", 1, "--layers", 2, "--cell", cell]
+    code, _, stderr = run(["train", text, *options, "--out", out, "--diagnose", picture], capsys)
+    assert code == 0, stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -4,65 +4,86 @@ import numba
 import numpy as np
 import pytest
 from fastrnn.kernels import gemm
-from fastrnn.kernels.gemm import Left, Panels, multiply_address
+from fastrnn.kernels.gemm import NOTHING, WHOLE, Left, Panels, Window, multiply_address
 from fastrnn.kernels.tile import LANES_OF, ROWS, VECS, at
 from oracle import assert_close, assert_same_bits
 
 
 @numba.njit
-def call_product(multiply, first, last, N, M, start, s, target, c, left, a, packed, p, K):
-    """`gemm.product`, which Python cannot call. Each array is followed by its strides, as `Panels` and `Left` name."""
+def call_product(multiply, first, last, wide, N, M, start, target, left, packed, K):
+    """`gemm.product`, which Python cannot call. A factor is memory, where it begins there, and strides."""
     gemm.product(
-        multiply, first, last, N, M,
-        Panels(at(start, 0), s[0], s[1]), Panels(at(target, 0), c[0], c[1]),
-        Left(at(left, 0), a[0], a[1], a[2], a[3]), Panels(at(packed, 0), p[0], p[1]), K,
+        multiply, first, last, wide, N, M,
+        Panels(at(start[0], start[1]), start[2], start[3]), Panels(at(target[0], target[1]), target[2], target[3]),
+        Left(at(left[0], left[1]), left[2], left[3], left[4], left[5]),
+        Panels(at(packed[0], packed[1]), packed[2], packed[3]), K,
     )  # fmt: skip
 
 
 @numba.njit
-def call_pack(w, gates, H, K, out):
-    gemm.pack(at(w, 0), gates, H, K, at(out, 0))
+def call_pack(w, window, gates, units, H, K, out):
+    gemm.pack(at(w, 0), Window(*window), gates, units, H, K, at(out, 0))
 
 
 @numba.njit
-def call_pack_transposed(w, gates, H, N, out):
-    gemm.pack_transposed(at(w, 0), gates, H, N, at(out, 0))
+def call_pack_transposed(w, window, gates, units, H, N, out):
+    gemm.pack_transposed(at(w, 0), Window(*window), gates, units, H, N, at(out, 0))
 
 
 @numba.njit
-def call_pack_rows(rows, N, source, target, panel, row):
-    gemm.pack_rows(rows, N, at(source, 0), Panels(at(target, 0), panel, row))
+def call_pack_rows(rows, N, source, target, first, panel, row):
+    gemm.pack_rows(rows, N, at(source, 0), Panels(at(target, first), panel, row))
 
 
-def to_panels(matrix, fill=0):
-    """(panels, rows, W): column blocks of a tile's width; ``fill`` stands past the last column."""
+def width(dtype):
+    return VECS * LANES_OF[np.dtype(dtype)]
+
+
+def to_panels(matrix, wide=None, fill=0):
+    """(panels, rows, wide): column blocks, as wide as a tile if not said; ``fill`` stands past the last column."""
     rows, columns = matrix.shape
-    W = VECS * LANES_OF[matrix.dtype]
-    wide = np.full((rows, -(-columns // W) * W), fill, matrix.dtype)
-    wide[:, :columns] = matrix
-    return np.ascontiguousarray(wide.reshape(rows, -1, W).swapaxes(0, 1))
+    wide = wide or width(matrix.dtype)
+    panels = -(-columns // wide)
+    whole = np.full((rows, panels * wide), fill, matrix.dtype)
+    whole[:, :columns] = matrix
+    return np.ascontiguousarray(whole.reshape(rows, panels, wide).swapaxes(0, 1))
 
 
-def product(start, left, right, first=0, last=None):
+def laid_out(matrix, order, wide=None, fill=np.nan):
+    """A matrix in panels, as `call_product` takes it. NaN is what may be read, and must not be seen."""
+    panels = to_panels(matrix, wide, fill)
+    _, rows, wide = panels.shape
+    if order == "gaps":
+        memory = np.full((len(panels), rows, wide + 5), np.nan, matrix.dtype)
+        memory[:, :, :wide] = panels
+        return np.append(memory.ravel(), np.full(wide, np.nan, matrix.dtype)), 0, rows * (wide + 5), wide + 5
+    if order == "backwards":
+        return panels[:, ::-1].ravel(), (rows - 1) * wide, rows * wide, -wide
+    return panels.ravel(), 0, rows * wide, wide
+
+
+def by_rows(matrix):
+    """A left factor in row-major order."""
+    return np.ascontiguousarray(matrix).ravel(), 0, matrix.shape[1], 1, 1, 0
+
+
+def product(start, left, right, first=0, last=None, vecs=VECS, order="tight"):
     """``start + left @ right`` in a row-major target, whose surroundings are checked to be untouched."""
     (M, K), N = left.shape, right.shape[1]
-    W = VECS * LANES_OF[left.dtype]
-    # NaN past the last column: it may be read, and must not be seen, neither in the target nor around it.
-    packed = to_panels(right, fill=np.nan)
-    last = len(packed) if last is None else last
+    wide = vecs * LANES_OF[left.dtype]
+    packed = laid_out(right, order, wide)
+    last = -(-N // wide) if last is None else last
     memory = np.full((M + 2, N + 7), 123, left.dtype)
-    target, inside = memory[1:], np.zeros(memory.shape, bool)
-    inside[1 : M + 1, first * W : min(N, last * W)] = True
-    start = np.broadcast_to(start, (M, N)) if start.ndim == 2 else start
+    inside = np.zeros(memory.shape, bool)
+    inside[1 : M + 1, first * wide : min(N, last * wide)] = True
     start_row = N if start.ndim == 2 else 0
-    start, left = np.ascontiguousarray(start), np.ascontiguousarray(left)
     call_product(
-        multiply_address(left.dtype),
-        first, last, N, M, start.ravel(), (W, start_row), target, (W, N + 7), left.ravel(), (K, 1, 1, 0),
-        packed.ravel(), (K * W, W), K,
+        multiply_address(left.dtype), first, last, wide, N, M,
+        (np.ascontiguousarray(start).ravel(), 0, wide, start_row), (memory.ravel(), N + 7, wide, N + 7),
+        by_rows(left), packed, K,
     )  # fmt: skip
     assert (memory[~inside] == 123).all()
-    return target[:M, :N]
+    return memory[1 : M + 1, :N].copy()
 
 
 def matrices(M, N, K, dtype, seed=0):
@@ -88,114 +109,147 @@ def test_one_start_row_for_all(N, dtype):
     assert_close(product(start[0], left, right), exact(start[0], left, right))
 
 
-@pytest.mark.parametrize("M", [1, 2])
+@pytest.mark.parametrize("vecs", range(1, VECS + 1))
+@pytest.mark.parametrize("M", [1, 2, ROWS + 1])
 @pytest.mark.parametrize("panels", [1, 4, 5, 8])
 @pytest.mark.parametrize("short", [0, 1])
-def test_whole_panels_and_one_column_less(M, panels, short, dtype):
-    """One row alone is multiplied by four panels at once, where there are four."""
-    start, left, right = matrices(M, panels * VECS * LANES_OF[dtype] - short, 3, dtype)
-    assert_close(product(start, left, right), exact(start, left, right))
+def test_panels_of_any_width(vecs, M, panels, short, dtype):
+    """Whole ones and one column less. One row alone is multiplied by several panels at once, where there are enough."""
+    start, left, right = matrices(M, panels * vecs * LANES_OF[dtype] - short, 3, dtype)
+    got = product(start, left, right, vecs=vecs)
+    assert_close(got, exact(start, left, right))
+    assert_same_bits(got, product(start, left, right))
+
+
+@pytest.mark.parametrize("order", ["gaps", "backwards"])
+@pytest.mark.parametrize("vecs", [2, VECS])
+@pytest.mark.parametrize("M", [1, 7])
+@pytest.mark.parametrize("N", [3, 130, 512])
+def test_rows_of_the_right_factor_anywhere(order, vecs, M, N, dtype):
+    start, left, right = matrices(M, N, 9, dtype)
+    assert_same_bits(product(start, left, right, vecs=vecs, order=order), product(start, left, right))
 
 
 @pytest.mark.parametrize("M", [1, 7])
-def test_only_the_asked_panels_are_written(M, dtype):
-    start, left, right = matrices(M, 5 * VECS * LANES_OF[dtype] + 3, 4, dtype)
-    W = VECS * LANES_OF[dtype]
+@pytest.mark.parametrize("vecs", [1, 3, VECS])
+def test_only_the_asked_panels_are_written(M, vecs, dtype):
+    wide = vecs * LANES_OF[dtype]
+    start, left, right = matrices(M, 5 * wide + 3, 4, dtype)
     for first, last in [(0, 1), (1, 3), (1, 5), (5, 6), (2, 2)]:
-        columns = slice(first * W, last * W)
+        columns = slice(first * wide, last * wide)
+        got = product(start, left, right, first, last, vecs)
         if first < last:
-            got = product(start, left, right, first, last)
             assert_close(got[:, columns], exact(start, left, right)[:, columns])
 
 
 @pytest.mark.parametrize("M", [1, 5, 20])
 def test_target_may_be_its_own_start(M, dtype):
     start, left, right = matrices(M, 70, 6, dtype)
-    W, packed, target = VECS * LANES_OF[dtype], to_panels(right), start.copy()
-    strides = (W, 70)
-    call_product(
-        multiply_address(left.dtype),
-        0, len(packed), 70, M, target.ravel(), strides, target.ravel(), strides, left.ravel(), (6, 1, 1, 0),
-        packed.ravel(), (6 * W, W), 6,
-    )  # fmt: skip
-    assert_same_bits(target, np.ascontiguousarray(product(start, left, right)))
+    W, target = width(dtype), start.copy()
+    mine = target.ravel(), 0, W, 70
+    packed = laid_out(right, "tight")
+    call_product(multiply_address(dtype), 0, -(-70 // W), W, 70, M, mine, mine, by_rows(left), packed, 6)
+    assert_same_bits(target, product(start, left, right))
 
 
 @pytest.mark.parametrize("M", [1, 5, 20])
-def test_left_factor_in_panels_and_target_in_panels(M, dtype):
-    """As the backward pass multiplies gates' gradients, which lie in panels, all of whose columns count."""
-    W = VECS * LANES_OF[dtype]
-    start, left, right = matrices(M, 2 * W, 3 * W, dtype)
-    a, p, target = to_panels(left), to_panels(right), np.full((2, M, W), np.nan, dtype)
+@pytest.mark.parametrize("order", ["tight", "gaps", "backwards"])
+@pytest.mark.parametrize("used", [1, VECS])
+def test_all_factors_in_panels(M, order, used, dtype):
+    """As the backward pass multiplies gates' gradients: of each panel a few vectors, the last row first in memory."""
+    W, wide = width(dtype), used * LANES_OF[dtype]
+    start, left, right = matrices(M, 2 * W, 3 * wide, dtype)
+    a = np.full((3, M, W), np.nan, dtype)
+    a[:, :, :wide] = to_panels(left, wide)
+    a, a_first, a_panel, a_row = laid_out(a.swapaxes(0, 1).reshape(M, 3 * W), order)
+    starts, targets = laid_out(start, order), laid_out(np.full_like(start, 123), order)
+    # The right factor's rows are those of all three blocks, one after the other.
+    packed = laid_out(right, order)
     call_product(
-        multiply_address(left.dtype),
-        0, 2, 2 * W, M, to_panels(start).ravel(), (M * W, W), target.ravel(), (M * W, W),
-        a.ravel(), (W, 1, 3, M * W), p.ravel(), (3 * W * W, W), W,
-    )  # fmt: skip
-    expected = product(start, left, right)
-    assert_same_bits(target.swapaxes(0, 1).reshape(M, 2 * W), np.ascontiguousarray(expected))
+        multiply_address(dtype), 0, 2, W, 2 * W, M, starts, targets, (a, a_first, a_row, 1, 3, a_panel), packed, wide
+    )
+    wanted = laid_out(product(start, left, right), order)[0]
+    assert_same_bits(targets[0][~np.isnan(wanted)], wanted[~np.isnan(wanted)])
+    assert np.isnan(targets[0][np.isnan(wanted)]).all()
 
 
 @pytest.mark.parametrize("M", [1, 5, 20])
-def test_left_factor_transposed(M, dtype):
+@pytest.mark.parametrize("order", ["tight", "backwards"])
+def test_left_factor_transposed(M, order, dtype):
     """As the backward pass makes weights' gradients: rows of the left factor are columns in memory."""
     start, left, right = matrices(M, 37, 9, dtype)
-    W, packed, target = VECS * LANES_OF[dtype], to_panels(right), np.empty((M, 37), dtype)
-    call_product(
-        multiply_address(left.dtype),
-        0, len(packed), 37, M, start.ravel(), (W, 37), target.ravel(), (W, 37),
-        np.ascontiguousarray(left.T).ravel(), (1, M, 1, 0), packed.ravel(), (9 * W, W), 9,
-    )  # fmt: skip
-    assert_same_bits(target, np.ascontiguousarray(product(start, left, right)))
+    W, target = width(dtype), np.empty((M, 37), dtype)
+    across = np.ascontiguousarray(left.T if order == "tight" else left.T[::-1]).ravel()
+    a = (across, 0, 1, M, 1, 0) if order == "tight" else (across, 8 * M, 1, -M, 1, 0)
+    starts, targets = (start.ravel(), 0, W, 37), (target.ravel(), 0, W, 37)
+    packed = laid_out(right, order)
+    call_product(multiply_address(dtype), 0, -(-37 // W), W, 37, M, starts, targets, a, packed, 9)
+    assert_same_bits(target, product(start, left, right))
 
 
+@pytest.mark.parametrize("vecs", [1, VECS])
 @pytest.mark.parametrize("N", [5, 64, 300])
-def test_a_row_has_the_same_bits_alone_and_among_others(N, dtype):
+def test_a_row_has_the_same_bits_alone_and_among_others(N, vecs, dtype):
     start, left, right = matrices(29, N, 41, dtype)
-    whole = product(start, left, right)
+    whole = product(start, left, right, vecs=vecs)
     for M in range(1, 29):
-        part = product(start[29 - M :], left[29 - M :], right)
-        assert_same_bits(np.ascontiguousarray(part), np.ascontiguousarray(whole[29 - M :]), M)
+        part = product(start[29 - M :], left[29 - M :], right, vecs=vecs)
+        assert_same_bits(part, whole[29 - M :], M)
 
 
-@pytest.mark.parametrize("H", [1, 5, 16, 17])
-@pytest.mark.parametrize("K", [1, 6])
-def test_pack(H, K, dtype):
-    L = LANES_OF[dtype]
-    U = -(-H // L)
-    w = np.random.default_rng(0).standard_normal((4, H, K)).astype(dtype)
-    expected = np.zeros((4, U * L, K), dtype)
-    expected[:, :H] = w
-    expected = expected.reshape(4, U, L, K).transpose(1, 3, 0, 2)
+# What cells take from their weights: gates of a layer, and of those the window's, in its order.
+WINDOWS = [(4, Window(0, 4, 0)), (1, WHOLE), (3, Window(1, 3, 0)), (3, Window(0, 3, 2)), (3, Window(1, 2, 0))]
+WINDOWS += [(3, Window(0, 1, 2)), (3, NOTHING)]
+windows = pytest.mark.parametrize(("gates", "window"), WINDOWS, ids=str)
+
+
+def gates_in_order(w, window, units):
+    """(panels, count, units, K) of w (gates, H, K): the window's gates of so many units, 0 past the last unit."""
+    gates, H, K = w.shape
+    panels = -(-H // units)
+    rows = np.zeros((window.count, panels * units, K), w.dtype)
+    for j in range(window.count):
+        rows[j, :H] = w[(j + window.rotate) % gates]
+    return rows.reshape(window.count, panels, units, K).swapaxes(0, 1)
+
+
+@windows
+@pytest.mark.parametrize("vecs", [1, 3])
+@pytest.mark.parametrize("H", [1, 5, 16, 17, 50])
+@pytest.mark.parametrize("K", [1, 6, 35])
+def test_pack(gates, window, vecs, H, K, dtype):
+    units = vecs * LANES_OF[dtype]
+    w = np.random.default_rng(0).standard_normal((gates, H, K)).astype(dtype)
+    expected = gates_in_order(w, window, units).transpose(0, 3, 1, 2)
     out = np.full(expected.size + 8, np.nan, dtype)
-    call_pack(w.ravel(), 4, H, K, out)
+    call_pack(w.ravel(), tuple(window), gates, units, H, K, out)
     assert_same_bits(out[:-8], np.ascontiguousarray(expected).ravel())
     assert np.isnan(out[-8:]).all()
 
 
+@windows
+@pytest.mark.parametrize("vecs", [1, VECS])
 @pytest.mark.parametrize("H", [1, 5, 16, 17])
 @pytest.mark.parametrize("N", [1, 64, 67])
-def test_pack_transposed(H, N, dtype):
-    L = LANES_OF[dtype]
-    U = -(-H // L)
-    w = np.random.default_rng(0).standard_normal((4, H, N)).astype(dtype)
-    rows = np.zeros((4, U * L, N), dtype)
-    rows[:, :H] = w
-    rows = rows.reshape(4, U, L, N).swapaxes(0, 1).reshape(U * 4 * L, N)
-    expected = to_panels(rows)
+def test_pack_transposed(gates, window, vecs, H, N, dtype):
+    units = vecs * LANES_OF[dtype]
+    w = np.random.default_rng(0).standard_normal((gates, H, N)).astype(dtype)
+    expected = to_panels(gates_in_order(w, window, units).reshape(-1, N))
     out = np.full(expected.size + 8, np.nan, dtype)
-    call_pack_transposed(w.ravel(), 4, H, N, out)
+    call_pack_transposed(w.ravel(), tuple(window), gates, units, H, N, out)
     assert_same_bits(out[:-8], expected.ravel())
     assert np.isnan(out[-8:]).all()
 
 
+@pytest.mark.parametrize("backwards", [False, True])
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("N", [1, 15, 64, 67])
-def test_pack_rows(rows, N, dtype):
+def test_pack_rows(rows, N, backwards, dtype):
     source = np.random.default_rng(0).standard_normal((rows, N)).astype(dtype)
-    expected = to_panels(source)
+    expected = to_panels(source[::-1] if backwards else source)
     out = np.full(expected.size + 8, np.nan, dtype)
-    W = expected.shape[2]
-    call_pack_rows(rows, N, source.ravel(), out, rows * W, W)
+    W = width(dtype)
+    first, row = ((rows - 1) * W, -W) if backwards else (0, W)
+    call_pack_rows(rows, N, source.ravel(), out, first, rows * W, row)
     assert_same_bits(out[:-8], expected.ravel())
     assert np.isnan(out[-8:]).all()

@@ -1,56 +1,53 @@
-"""The layers against the oracle, finite differences and PyTorch; what they promise about bits, memory and NaN."""
+"""The layers against the oracle and finite differences; what they promise about bits, memory, masks and NaN."""
 
+import gc
 import threading
 
 import numpy as np
 import oracle
 import pytest
-from fastrnn.kernels import lstm as lstm_kernels
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import assert_close, assert_same_bits
+from numba.core.dispatcher import Dispatcher
+from oracle import (
+    BASIC,
+    CASES,
+    assert_all_close,
+    assert_all_same_bits,
+    assert_close,
+    assert_same_bits,
+    each,
+    everything,
+    expected,
+    inputs,
+    lengths_for,
+    make,
+    named,
+    pulled,
+)
 
 import fastrnn
 from fastrnn import batching, layers
 
 SIZES = [1, 3, 17, 63, 65]
+both_ways = pytest.mark.parametrize("bidirectional", [False, True], ids=["one way", "both ways"])
 
 
-def inputs(lstm, T, B, seed=0):
-    """``x, state, dy, dstate`` for a layer that is not batch_first."""
-    rng = np.random.default_rng(seed)
-    state_shape = (lstm.num_layers, B, lstm.hidden_size)
-    shapes = [(T, B, lstm.input_size), state_shape, state_shape, (T, B, lstm.hidden_size), state_shape, state_shape]
-    x, h_0, c_0, dy, dh_n, dc_n = (rng.standard_normal(shape).astype(lstm.dtype) for shape in shapes)
-    return x, (h_0, c_0), dy, (dh_n, dc_n)
+def masks_of(layer, seed, T, B):
+    """What `vjp` draws with a generator of this seed, as the oracle takes it."""
+    return layers.masks(layer, T, B, np.random.default_rng(seed))
 
 
-def everything(lstm, x, state, dy, dstate, rng=None):
-    """All that call and vjp give, as a dict of arrays by name."""
-    y, (h_n, c_n) = lstm(x, state)
-    (y_vjp, (h_vjp, c_vjp)), pullback = lstm.vjp(x, state, rng)
-    dx, (dh_0, dc_0), grads = pullback(dy, dstate)
-    results = {"y": y, "h_n": h_n, "c_n": c_n, "y of vjp": y_vjp, "h_n of vjp": h_vjp, "c_n of vjp": c_vjp}
-    return results | {"dx": dx, "dh_0": dh_0, "dc_0": dc_0} | grads
-
-
-def assert_all_same_bits(actual, expected):
-    assert actual.keys() == expected.keys()
-    for name, array in expected.items():
-        assert_same_bits(np.ascontiguousarray(actual[name]), np.ascontiguousarray(array), name)
-
-
-def check_against_oracle(lstm, x, state, dy, dstate):
-    got = everything(lstm, x, state, dy, dstate)
-    h_0, c_0 = state
-    y, h_n, c_n, tape = oracle.forward(lstm.parameters, x, h_0, c_0)
-    dx, dh_0, dc_0, grads = oracle.backward(lstm.parameters, tape, dy, *dstate)
-    expected = {"y": y, "h_n": h_n, "c_n": c_n, "dx": dx, "dh_0": dh_0, "dc_0": dc_0, **grads}
-    for name, array in expected.items():
-        assert_close(got[name], array, name)
-    for name in ("y", "h_n", "c_n"):
+def check_against_oracle(layer, x, state, dy, dstate, lengths=None):
+    got = everything(layer, x, state, dy, dstate, lengths=lengths)
+    wanted = expected(layer, x, state, dy, dstate, lengths)
+    assert_all_close(layer, got, wanted)
+    for name in ("y", *named(state, "_n")):
         assert_same_bits(got[name], got[f"{name} of vjp"], name)
-    assert_same_bits(got["h_n"][-1], got["y"][-1])
+    assert got.keys() - {name for name in got if name.endswith("of vjp")} == wanted.keys()
+    assert {array.dtype for array in got.values()} == {layer.dtype}
+    if lengths is None and not layer.bidirectional:
+        assert_same_bits(got["h_n"][-1], got["y"][-1])
 
 
 def tall_samples():
@@ -63,130 +60,135 @@ def tall_samples():
 
 
 @pytest.mark.parametrize(("T", "B", "I", "H"), tall_samples())
-def test_oracle(T, B, I, H, dtype):
-    lstm = fastrnn.LSTM(I, H, dtype=dtype, seed=1)
-    check_against_oracle(lstm, *inputs(lstm, T, B))
+@pytest.mark.parametrize("case", [*BASIC, "LSTM proj", "GRU reset before"])
+def test_oracle(case, T, B, I, H, dtype):
+    if "proj" in case and H == 1:
+        return
+    layer = make(case, I, H, dtype)
+    check_against_oracle(layer, *inputs(layer, T, B))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 2), (3, 17, 5, 7), (2, 1, 17, 65), (9, 3, 65, 9), (4, 30, 3, 16)], ids=str)
+@both_ways
+@pytest.mark.parametrize("case", CASES)
+def test_oracle_of_every_option(case, bidirectional, sizes, dtype):
+    T, B, I, H = sizes
+    layer = make(case, I, H, dtype, bidirectional=bidirectional)
+    check_against_oracle(layer, *inputs(layer, T, B))
+    check_against_oracle(layer, *inputs(layer, T, B), lengths_for(T, B))
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
-@pytest.mark.parametrize("bias", [True, False])
-def test_oracle_of_a_stack(num_layers, bias, dtype):
-    lstm = fastrnn.LSTM(7, 18, num_layers, bias=bias, dtype=dtype, seed=2)
-    assert len(lstm.parameters) == num_layers * (4 if bias else 2)
-    check_against_oracle(lstm, *inputs(lstm, 6, 5))
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@both_ways
+@pytest.mark.parametrize("case", CASES)
+def test_oracle_of_a_stack(case, bidirectional, bias, num_layers, dtype):
+    layer = make(case, 7, 18, dtype, num_layers=num_layers, bias=bias, bidirectional=bidirectional)
+    assert sum(name.startswith(("bias_ih", "bias_hh")) for name in layer.parameters) == 2 * bias * num_layers * (
+        1 + bidirectional
+    )
+    check_against_oracle(layer, *inputs(layer, 6, 5))
 
 
-@given(
-    sizes=st.tuples(st.integers(1, 40), st.integers(1, 30), st.integers(1, 70), st.integers(1, 70)),
-    num_layers=st.integers(1, 3),
-    bias=st.booleans(),
-    dtype=st.sampled_from(["float32", "float64"]),
-    threads=st.integers(1, 3),
-)
-def test_oracle_of_any_shape(sizes, num_layers, bias, dtype, threads):
-    T, B, I, H = sizes
-    batching.set_num_threads(threads)
-    lstm = fastrnn.LSTM(I, H, num_layers, bias=bias, dtype=dtype, seed=3)
-    check_against_oracle(lstm, *inputs(lstm, T, B))
+@given(data=st.data())
+@pytest.mark.parametrize("cell", BASIC)
+def test_oracle_of_anything(cell, data):
+    """Any shape, options, lengths and number of threads."""
+    T, B, I, H = data.draw(st.tuples(st.integers(1, 30), st.integers(1, 20), st.integers(1, 70), st.integers(2, 70)))
+    case = data.draw(st.sampled_from([name for name in CASES if name.split()[0] == cell]))
+    options = {name: data.draw(st.booleans(), name) for name in ("bias", "bidirectional")}
+    num_layers, dtype = data.draw(st.integers(1, 3)), np.dtype(data.draw(st.sampled_from(["float32", "float64"])))
+    batching.set_num_threads(data.draw(st.integers(1, 3)))
+    layer = make(case, I, H, dtype, num_layers=num_layers, **options)
+    lengths = data.draw(st.none() | st.lists(st.integers(0, T), min_size=B, max_size=B))
+    check_against_oracle(layer, *inputs(layer, T, B), lengths)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 30])
-def test_oracle_of_tiny_and_saturated_gates(scale, dtype):
-    lstm = fastrnn.LSTM(5, 9, dtype=dtype, seed=4)
-    x, state, dy, dstate = inputs(lstm, 5, 4)
-    check_against_oracle(lstm, (scale * x).astype(dtype), state, dy, dstate)
+@pytest.mark.parametrize("case", CASES)
+def test_oracle_of_tiny_and_saturated_gates(case, scale, dtype):
+    layer = make(case, 5, 9, dtype)
+    x, state, dy, dstate = inputs(layer, 5, 4)
+    check_against_oracle(layer, (scale * x).astype(dtype), state, dy, dstate)
 
 
-def test_parts_left_out_stand_for_zeros(dtype):
-    lstm = fastrnn.LSTM(4, 20, 2, dtype=dtype, seed=5)
-    x, (h_0, _), dy, (dh_n, dc_n) = inputs(lstm, 7, 3)
-    zeros = np.zeros_like(h_0)
-    assert_same_bits(lstm(x)[0], lstm(x, (zeros, zeros))[0])
-    _, pullback = lstm.vjp(x)
+@both_ways
+@pytest.mark.parametrize("case", BASIC)
+def test_parts_left_out_stand_for_zeros(case, bidirectional, dtype):
+    layer = make(case, 4, 20, dtype, num_layers=2, bidirectional=bidirectional)
+    x, state, dy, dstate = inputs(layer, 7, 3)
+    zeros = each(state, np.zeros_like)
+    assert_same_bits(layer(x)[0], layer(x, zeros)[0])
+    _, pullback = layer.vjp(x)
     for left_out, full in [
-        ((dy,), (dy, (zeros, zeros))),
-        ((dy, None), (dy, (zeros, zeros))),
-        ((None, (dh_n, dc_n)), (np.zeros_like(dy), (dh_n, dc_n))),
+        ((dy,), (dy, zeros)),
+        ((dy, None), (dy, zeros)),
+        ((None, dstate), (np.zeros_like(dy), dstate)),
     ]:
-        (dx, dstate, grads), (dx_full, dstate_full, grads_full) = pullback(*left_out), pullback(*full)
-        actual, expected = {"dx": dx, "dh": dstate[0], "dc": dstate[1], **grads}, {"dx": dx_full, "dh": dstate_full[0]}
-        assert_all_same_bits(actual, {**expected, "dc": dstate_full[1], **grads_full})
+        actual = pulled(pullback(*left_out))
+        assert_all_same_bits(actual, pulled(pullback(*full)))
         assert all(np.abs(array).max() > 0 for array in actual.values())
 
 
-def test_batch_first_and_one_sequence(dtype):
+@both_ways
+@pytest.mark.parametrize("case", [*BASIC, "LSTM proj"])
+def test_batch_first_and_one_sequence(case, bidirectional, dtype):
     """Other layouts of the same numbers: the same bits."""
-    lstm = fastrnn.LSTM(4, 20, 2, dtype=dtype, seed=6)
-    first = fastrnn.LSTM(4, 20, 2, dtype=dtype, batch_first=True)
-    first.load_state_dict(lstm.state_dict())
-    x, state, dy, dstate = inputs(lstm, 7, 3)
-    expected = everything(lstm, x, state, dy, dstate)
-    got = everything(first, x.swapaxes(0, 1), state, dy.swapaxes(0, 1), dstate)
-    for name in ("y", "y of vjp", "dx"):
-        got[name] = got[name].swapaxes(0, 1)
-    assert_all_same_bits(got, expected)
+    options = {"num_layers": 2, "bidirectional": bidirectional}
+    layer, first = (make(case, 4, 20, dtype, batch_first=batch_first, **options) for batch_first in (False, True))
+    x, state, dy, dstate = inputs(layer, 7, 3)
+    for lengths in (None, [7, 0, 4]):
+        wanted = everything(layer, x, state, dy, dstate, lengths=lengths)
+        got = everything(first, x.swapaxes(0, 1), state, dy.swapaxes(0, 1), dstate, lengths=lengths)
+        for name in ("y", "y of vjp", "dx"):
+            got[name] = got[name].swapaxes(0, 1)
+        assert_all_same_bits(got, wanted)
 
-    one = everything(lstm, x[:, :1], tuple(s[:, :1] for s in state), dy[:, :1], tuple(s[:, :1] for s in dstate))
-    for layer in (lstm, first):
-        got = everything(layer, x[:, 0], tuple(s[:, 0] for s in state), dy[:, 0], tuple(s[:, 0] for s in dstate))
-        assert got["y"].shape == (7, 20)
-        assert got["h_n"].shape == got["dc_0"].shape == (2, 20)
-        expected = {name: array if name in lstm.parameters else array[:, 0] for name, array in one.items()}
-        assert_all_same_bits(got, expected)
+    def rows(state, which):
+        return each(state, lambda s: s[:, which])
+
+    one = everything(layer, x[:, :1], rows(state, slice(1)), dy[:, :1], rows(dstate, slice(1)))
+    for one_sequence in (layer, first):
+        got = everything(one_sequence, x[:, 0], rows(state, 0), dy[:, 0], rows(dstate, 0))
+        assert got["y"].shape == dy[:, 0].shape
+        assert got["h_n"].shape == got["dh_0"].shape == one["h_n"][:, 0].shape
+        assert_all_same_bits(got, {name: a if name in layer.parameters else a[:, 0] for name, a in one.items()})
 
 
-@pytest.mark.parametrize("num_layers", [1, 2])
-@pytest.mark.parametrize("dropout", [0, 0.5])
-def test_finite_differences(num_layers, dropout):
-    """The gradients along random directions of each argument, by differences of fourth order, dropout masks fixed."""
-    if dropout and num_layers == 1:
-        return
-    lstm = fastrnn.LSTM(3, 5, num_layers, dropout=dropout, dtype=np.float64, seed=7)
-    x, state, dy, dstate = inputs(lstm, 6, 4)
-    _, pullback = lstm.vjp(x, state, np.random.default_rng(8))
-    dx, (dh_0, dc_0), grads = pullback(dy, dstate)
-    at = {"x": x, "h_0": state[0], "c_0": state[1], **lstm.state_dict()}
-    gradients = {"x": dx, "h_0": dh_0, "c_0": dc_0, **grads}
+RANDOM = {"dropout": 0.5, "recurrent_dropout": 0.4, "zoneout": 0.3}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, **RANDOM}], ids=["one layer", "a stack with masks"])
+@both_ways
+@pytest.mark.parametrize("case", CASES)
+def test_finite_differences(case, bidirectional, options):
+    """The gradients along random directions of each argument, by differences of fourth order, all masks fixed."""
+    layer = make(case, 3, 5, np.float64, bidirectional=bidirectional, **options)
+    x, state, dy, dstate = inputs(layer, 6, 4)
+    lengths = [4, 6, 0, 5]
+    _, pullback = layer.vjp(x, state, np.random.default_rng(8), lengths)
+    gradients = {name.removeprefix("d"): array for name, array in pulled(pullback(dy, dstate)).items()}
+    at = {"x": x, **named(state, "_0"), **layer.state_dict()}
 
     def loss(name, shift):
         moved = {**at, name: at[name] + shift}
-        lstm.load_state_dict({n: moved[n] for n in lstm.parameters})
-        (y, (h_n, c_n)), _ = lstm.vjp(moved["x"], (moved["h_0"], moved["c_0"]), np.random.default_rng(8))
-        return (y * dy).sum() + (h_n * dstate[0]).sum() + (c_n * dstate[1]).sum()
+        layer.load_state_dict({n: moved[n] for n in layer.parameters})
+        before = oracle.as_state(layer, [moved[n] for n in named(state, "_0")])
+        (y, after), _ = layer.vjp(moved["x"], before, np.random.default_rng(8), lengths)
+        d_after = named(dstate, "_n")
+        return (y * dy).sum() + sum((s * d_after[n]).sum() for n, s in named(after, "_n").items())
 
-    rng, step = np.random.default_rng(9), 1e-3
+    # Where there are kinks, so small a step that it crosses none.
+    rng, step = np.random.default_rng(9), 1e-5 if "relu" in case or "clip" in case else 3e-5
     assert gradients.keys() == at.keys()
     for name, gradient in gradients.items():
         along = rng.standard_normal(gradient.shape)
         near, far = (loss(name, k * step * along) - loss(name, -k * step * along) for k in (1, 2))
         measured = (8 * near - far) / (12 * step)
-        assert abs(measured - (gradient * along).sum()) < 1e-8 * np.abs(gradient * along).sum(), name
+        assert abs(measured - (gradient * along).sum()) < 1e-8 * (1 + np.abs(gradient * along).sum()), name
 
 
-@pytest.mark.parametrize("num_layers", [1, 3])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("batch_first", [True, False])
-def test_pytorch(num_layers, bias, batch_first, dtype):
-    torch = pytest.importorskip("torch")
-    options = {"num_layers": num_layers, "bias": bias, "batch_first": batch_first}
-    theirs = torch.nn.LSTM(6, 19, **options, dtype=getattr(torch, dtype.name))
-    ours = fastrnn.LSTM(6, 19, **options, dtype=dtype)
-    ours.load_state_dict(theirs.state_dict())
-    x, state, dy, dstate = inputs(ours, 9, 4)
-    if batch_first:
-        x, dy = (np.ascontiguousarray(a.swapaxes(0, 1)) for a in (x, dy))
-    tensors = [torch.tensor(a, requires_grad=True) for a in (x, *state)]
-    y, after = theirs(tensors[0], tuple(tensors[1:]))
-    torch.autograd.backward([y, *after], [torch.tensor(a) for a in (dy, *dstate)])
-    got = everything(ours, x, state, dy, dstate)
-    expected = {"y": y, "h_n": after[0], "c_n": after[1]}
-    expected |= {name: tensor.grad for name, tensor in zip(("dx", "dh_0", "dc_0"), tensors, strict=True)}
-    expected |= {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    for name, tensor in expected.items():
-        assert_close(got[name], tensor.detach().numpy().astype(np.float64), name)
-
-
-# Dropout.
+# Dropout and zoneout.
 
 
 def test_dropout_drops_as_often_as_asked_and_keeps_the_mean(rng, dtype):
@@ -200,74 +202,151 @@ def test_dropout_drops_as_often_as_asked_and_keeps_the_mean(rng, dtype):
     assert_same_bits(pullback(x), dropped)
 
 
-def test_dropout_is_the_oracles_with_the_same_masks(dtype):
-    lstm = fastrnn.LSTM(4, 9, 3, dropout=0.4, dtype=dtype, seed=10)
-    x, state, dy, dstate = inputs(lstm, 6, 5)
-    rng = np.random.default_rng(11)
-    masks = {k: layers.drop(np.ones((6, 5, 9), dtype), 0.4, rng)[0] for k in (1, 2)}
-    (y, (h_n, c_n)), pullback = lstm.vjp(x, state, np.random.default_rng(11))
-    dx, (dh_0, dc_0), grads = pullback(dy, dstate)
-    y_o, h_o, c_o, tape = oracle.forward(lstm.parameters, x, *state, masks)
-    dx_o, dh_o, dc_o, grads_o = oracle.backward(lstm.parameters, tape, dy, *dstate, masks)
-    for a, b in [(y, y_o), (h_n, h_o), (c_n, c_o), (dx, dx_o), (dh_0, dh_o), (dc_0, dc_o)]:
-        assert_close(a, b)
-    for name, gradient in grads_o.items():
-        assert_close(grads[name], gradient, name)
+@both_ways
+@pytest.mark.parametrize("case", ["RNN", "LSTM", "LSTM proj", "GRU"])
+def test_masks(case, bidirectional, dtype):
+    """As often as asked, of the shapes that they should have, and no two alike."""
+    options = {"dropout": 0.3, "recurrent_dropout": 0.4, "zoneout": (0.1, 0.6) if "LSTM" in case else 0.1}
+    layer = make(case, 3, 30, dtype, num_layers=3, bidirectional=bidirectional, **options)
+    T, B, D, P = 20, 300, 1 + bidirectional, 10 if "proj" in case else 30
+    masks = masks_of(layer, 0, T, B)
+    places = list(np.ndindex(3, D))
+    shapes = {("dropout", k): (T, B, D * P) for k in (1, 2)}
+    shapes |= {("recurrent", *place): (B, P) for place in places}
+    shapes |= {("zoneout_h", *place): (T, B, P) for place in places}
+    if "LSTM" in case:
+        shapes |= {("zoneout_c", *place): (T, B, 30) for place in places}
+    assert {name: mask.shape for name, mask in masks.items()} == shapes
+    for (kind, *_), mask in masks.items():
+        chance, value = {
+            "dropout": (0.7, 1 / 0.7),
+            "recurrent": (0.6, 1 / 0.6),
+            "zoneout_h": (0.1, 1),
+            "zoneout_c": (0.6, 1),
+        }[kind]
+        assert set(np.unique(mask).astype(dtype)) == {0, dtype.type(value)}
+        assert abs((mask != 0).mean() - chance) < 5 * np.sqrt(chance * (1 - chance) / mask.size)
+    alike = [a.astype(bool).tobytes() for a in masks.values()]
+    assert len(set(alike)) == len(alike)
 
 
-def test_dropout_is_seeded_and_off_in_calls():
-    def make():
-        return fastrnn.LSTM(4, 9, 2, dropout=0.5, seed=12)
+@pytest.mark.parametrize(
+    "options",
+    [*({name: p} for name, p in RANDOM.items()), {"zoneout": (0.0, 0.4)}, {"zoneout": (0.4, 0.0)}, RANDOM],
+    ids=str,
+)
+@both_ways
+@pytest.mark.parametrize("case", CASES)
+def test_masked_is_the_oracles_with_the_same_masks(case, bidirectional, options, dtype):
+    if isinstance(options.get("zoneout"), tuple) and "LSTM" not in case:
+        return
+    layer = make(case, 4, 18, dtype, num_layers=2, bidirectional=bidirectional, **options)
+    x, state, dy, dstate = inputs(layer, 6, 5)
+    for lengths in (None, [3, 6, 0, 1, 6]):
+        (y, after), pullback = layer.vjp(x, state, np.random.default_rng(11), lengths)
+        got = {"y": y, **named(after, "_n"), **pulled(pullback(dy, dstate))}
+        wanted = expected(layer, x, state, dy, dstate, lengths, masks_of(layer, 11, 6, 5))
+        assert got.keys() == wanted.keys()
+        assert_all_close(layer, got, wanted)
 
-    lstm, x = make(), np.ones((5, 3, 4), np.float32)
-    ys = [lstm.vjp(x)[0][0] for _ in range(2)]
-    again = make()
+
+@pytest.mark.parametrize("option", RANDOM)
+@pytest.mark.parametrize("case", BASIC)
+def test_masks_are_seeded_and_off_in_calls(case, option):
+    def layer_with(**options):
+        return make(case, 4, 9, num_layers=2, seed=12, **options)
+
+    layer, x = layer_with(**{option: 0.5}), np.ones((5, 3, 4), np.float32)
+    ys = [layer.vjp(x)[0][0] for _ in range(2)]
+    again = layer_with(**{option: 0.5})
     for y in ys:
         assert_same_bits(again.vjp(x)[0][0], y)
     assert not np.array_equal(*ys)
-    plain = fastrnn.LSTM(4, 9, 2, seed=12)
-    assert_same_bits(lstm(x)[0], plain(x)[0])
-    assert_same_bits(lstm(x)[0], plain.vjp(x)[0][0])
+    assert_same_bits(*(layer.vjp(x, rng=np.random.default_rng(1))[0][0] for _ in range(2)))
+    # In calls zoneout is what it is on average.
+    plain = layer_with()
+    if option == "zoneout":
+        zeros = each(plain(x)[1], np.zeros_like)
+        assert_close(layer(x)[0], oracle.forward(layer, x, zeros)[0])
+        assert not np.array_equal(layer(x)[0], plain(x)[0])
+    else:
+        assert_same_bits(layer(x)[0], plain(x)[0])
+        assert_same_bits(layer(x)[0], plain.vjp(x)[0][0])
+
+
+@pytest.mark.parametrize("case", BASIC)
+def test_zoneout_of_one_step_is_its_expectation_on_average(case):
+    layer = make(case, 4, 9, np.float64, zoneout=0.3)
+    x, state, _, _ = inputs(layer, 1, 1)
+    many = [np.repeat(a, 20000, axis=1) for a in (x, *named(state, "").values())]
+    y, _ = layer.vjp(many[0], oracle.as_state(layer, many[1:]), np.random.default_rng(0))[0]
+    np.testing.assert_allclose(y.mean(1), layer(x, state)[0][:, 0], atol=5 * y.std(1).max() / np.sqrt(20000))
 
 
 def test_dropout_of_one_layer_warns():
-    with pytest.warns(UserWarning, match="num_layers=1"):
-        fastrnn.LSTM(2, 2, dropout=0.5)
+    for case in BASIC:
+        with pytest.warns(UserWarning, match="num_layers=1"):
+            getattr(fastrnn, case)(2, 2, dropout=0.5)
 
 
-def test_seed():
-    a, b, c = (fastrnn.LSTM(3, 4, seed=seed).state_dict() for seed in (1, 1, 2))
+@pytest.mark.parametrize("case", BASIC)
+def test_seed(case):
+    layer = getattr(fastrnn, case)
+    a, b, c = (layer(3, 4, seed=seed).state_dict() for seed in (1, 1, 2))
     assert_all_same_bits(a, b)
     assert not np.array_equal(a["weight_hh_l0"], c["weight_hh_l0"])
     assert max(np.abs(array).max() for array in a.values()) <= 0.5
-    assert not np.array_equal(fastrnn.LSTM(3, 4).weight_hh_l0, fastrnn.LSTM(3, 4).weight_hh_l0)
+    assert not np.array_equal(layer(3, 4).weight_hh_l0, layer(3, 4).weight_hh_l0)
 
 
 # Bits.
 
 
+@pytest.mark.parametrize("sizes", [(5, 9, 3, 40), (4, 2, 3, 150)], ids=["batch cut", "units cut"])
+@both_ways
+@pytest.mark.parametrize("case", CASES)
+def test_threads_do_not_change_a_bit(case, bidirectional, sizes, dtype, small_shares):
+    T, B, I, H = sizes
+    layer = make(case, I, H, dtype, bidirectional=bidirectional)
+    for lengths in (None, lengths_for(T, B)):
+        results = []
+        for threads in (1, 2, 3):
+            batching.set_num_threads(threads)
+            results.append(everything(layer, *inputs(layer, T, B), lengths=lengths))
+        for other in results[1:]:
+            assert_all_same_bits(other, results[0])
+
+
 @pytest.mark.parametrize("cut", [1, 4, 9])
-def test_the_state_carries_a_sequence_on(cut, dtype):
-    lstm = fastrnn.LSTM(5, 33, 2, dtype=dtype, seed=13)
-    x, state, _, _ = inputs(lstm, 10, 7)
-    y, (h_n, c_n) = lstm(x, state)
-    y_1, middle = lstm(x[:cut], state)
-    y_2, (h_2, c_2) = lstm(x[cut:], middle)
+@pytest.mark.parametrize("case", CASES)
+def test_the_state_carries_a_sequence_on(case, cut, dtype):
+    layer = make(case, 5, 33, dtype, num_layers=2, zoneout=0.2)
+    x, state, _, _ = inputs(layer, 10, 7)
+    y, after = layer(x, state)
+    y_1, middle = layer(x[:cut], state)
+    y_2, after_2 = layer(x[cut:], middle)
     assert_same_bits(np.concatenate([y_1, y_2]), y)
-    assert_same_bits(h_2, h_n)
-    assert_same_bits(c_2, c_n)
+    assert_all_same_bits(named(after_2, "_n"), named(after, "_n"))
+
+
+def rows_of(given, rows):
+    x, state, dy, dstate = given
+    return x[:, rows], each(state, lambda s: s[:, rows]), dy[:, rows], each(dstate, lambda s: s[:, rows])
 
 
 @pytest.mark.parametrize("H", [9, 70, 260])
-def test_a_sequence_alone_and_in_a_batch(H, dtype):
-    lstm = fastrnn.LSTM(5, H, 2, dtype=dtype, seed=14)
-    x, state, dy, dstate = inputs(lstm, 6, 26)
-    batch = everything(lstm, x, state, dy, dstate)
+@both_ways
+@pytest.mark.parametrize("case", CASES)
+def test_a_sequence_alone_and_in_a_batch(case, bidirectional, H, dtype):
+    if H == 260 and case not in BASIC:
+        return
+    layer = make(case, 5, H, dtype, num_layers=2, bidirectional=bidirectional)
+    given = inputs(layer, 6, 26)
+    batch = everything(layer, *given)
     for b, count in [(0, 1), (11, 1), (20, 6)]:
         rows = slice(b, b + count)
-        cut = (x[:, rows], tuple(s[:, rows] for s in state), dy[:, rows], tuple(s[:, rows] for s in dstate))
-        alone = everything(lstm, *cut)
-        for name in alone.keys() - lstm.parameters.keys():
+        alone = everything(layer, *rows_of(given, rows))
+        for name in alone.keys() - layer.parameters.keys():
             assert_same_bits(alone[name], np.ascontiguousarray(batch[name][:, rows]), name)
 
 
@@ -290,19 +369,21 @@ class PoisonedNumpy:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("sizes", [(7, 9, 5, 21), (30, 40, 3, 8), (3, 2, 70, 200)], ids=str)
-def test_uninitialised_memory_is_never_read(sizes, threads, dtype, monkeypatch, small_shares):
+@pytest.mark.parametrize("sizes", [(7, 9, 5, 21), (12, 40, 3, 8), (3, 2, 70, 200)], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_uninitialised_memory_is_never_read(case, sizes, threads, dtype, monkeypatch, small_shares):
     T, B, I, H = sizes
-    lstm = fastrnn.LSTM(I, H, 2, dtype=dtype, seed=15)
-    given = inputs(lstm, T, B)
-    expected = everything(lstm, *given)
+    layer = make(case, I, H, dtype, num_layers=2, bidirectional=True)
+    options = [{}, {"lengths": lengths_for(T, B)}, {"checkpoint": 2}]
+    wanted = [everything(layer, *inputs(layer, T, B), **o) for o in options]
     monkeypatch.setattr(layers, "np", PoisonedNumpy())
     monkeypatch.setattr(batching, "np", PoisonedNumpy())
     assert np.isnan(batching.empty(3, dtype)).all()
-    lstm.load_state_dict(lstm.state_dict())  # the packed weights, too, are made anew
+    layer.load_state_dict(layer.state_dict())  # the packed weights, too, are made anew
     batching.set_num_threads(threads)
     for _ in range(2):
-        assert_all_same_bits(everything(lstm, *given), expected)
+        for o, results in zip(options, wanted):
+            assert_all_same_bits(everything(layer, *inputs(layer, T, B), **o), results)
 
 
 def strided(a):
@@ -334,89 +415,104 @@ class Subclass(np.ndarray):
     pass
 
 
+def compilations():
+    """How many functions Numba has compiled, or loaded, for a signature."""
+    return sum(len(d.overloads) for d in gc.get_objects() if issubclass(type(d), Dispatcher))
+
+
 @pytest.mark.parametrize(
     "awkward",
     [np.asfortranarray, strided, reversed_in_memory, read_only, misaligned, lambda a: a.view(Subclass)],
     ids=["fortran", "strided", "reversed", "read-only", "misaligned", "subclass"],
 )
-def test_any_array_will_do(awkward, dtype):
+@pytest.mark.parametrize("case", CASES)
+def test_any_array_will_do(case, awkward, dtype):
     """The same bits; the user's arrays stay as they were; and Numba compiles nothing anew for them."""
-    lstm = fastrnn.LSTM(5, 11, 2, dtype=dtype, seed=16)
-    x, state, dy, dstate = inputs(lstm, 6, 3)
-    expected = everything(lstm, x, state, dy, dstate)
-    kernels = [lstm_kernels.forward, lstm_kernels.backward, lstm_kernels.pack_forward, lstm_kernels.pack_backward]
-    compiled = [len(kernel.signatures) for kernel in kernels]
-    given = awkward(x), tuple(map(awkward, state)), awkward(dy), tuple(map(awkward, dstate))
-    arrays = [given[0], *given[1], given[2], *given[3]]
+    layer, other = (make(case, 5, 11, dtype, seed, num_layers=2, bidirectional=True) for seed in (1, 2))
+    x, state, dy, dstate = inputs(layer, 6, 3)
+    lengths = np.array([6, 3, 4])
+    wanted = everything(layer, x, state, dy, dstate, lengths=lengths)
+    compiled = compilations()
+    given = awkward(x), each(state, awkward), awkward(dy), each(dstate, awkward)
+    arrays = [given[0], *named(given[1], "").values(), given[2], *named(given[3], "").values()]
     before = [a.tobytes() for a in arrays]
-    other = fastrnn.LSTM(5, 11, 2, dtype=dtype)
-    other.load_state_dict({name: awkward(array) for name, array in lstm.parameters.items()})
-    assert_all_same_bits(everything(other, *given), expected)
+    other.load_state_dict({name: awkward(array) for name, array in layer.parameters.items()})
+    assert_all_same_bits(everything(other, *given, lengths=awkward(lengths)), wanted)
     assert [a.tobytes() for a in arrays] == before
-    assert [len(kernel.signatures) for kernel in kernels] == compiled
+    assert compilations() == compiled
 
 
-def test_kernels_are_compiled_once_per_dtype():
-    """Whatever the shape, the layout, the layer's options."""
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_are_compiled_once_per_dtype(case):
+    """Whatever the shape, the layout, the layer's general options."""
+
+    def run(dtype, x_shapes, **options):
+        layer = make(case, 1, 2, dtype, **options)
+        for shape in x_shapes:
+            (y, state), pullback = layer.vjp(np.ones(shape, dtype))
+            pullback(y, state)
+            layer(np.ones(shape, dtype), state)
+
     for dtype in (np.float32, np.float64):
-        for options in ({}, {"bias": False}, {"batch_first": True}, {"num_layers": 2}):
-            lstm = fastrnn.LSTM(1, 1, dtype=dtype, **options)
-            for x in (np.ones((1, 1, 1), dtype), np.ones((2, 3, 1), dtype), np.ones((4, 1), dtype)):
-                (y, state), pullback = lstm.vjp(x)
-                pullback(y, state)
-                lstm(x, state)
-    # `test_lstm.py` calls them too, with the same types.
-    for kernel in (lstm_kernels.forward, lstm_kernels.backward, lstm_kernels.pack_forward, lstm_kernels.pack_backward):
-        assert len(kernel.signatures) == 2, kernel
+        run(dtype, [(1, 1, 1), (2, 3, 1)], num_layers=2, bidirectional=True)
+    compiled = compilations()
+    for dtype in (np.float32, np.float64):
+        for options in ({}, {"bias": False}, {"batch_first": True}, {"num_layers": 2}, {"bidirectional": True}):
+            run(dtype, [(1, 1, 1), (2, 3, 1), (4, 1), (3, 1, 1), (1, 50, 1)], **options)
+        layer = make(case, 1, 2, dtype, **{"num_layers": 2, **RANDOM})
+        x, state, dy, dstate = inputs(layer, 4, 3)
+        everything(layer, x, state, dy, dstate, lengths=[2, 0, 4])
+        everything(layer, x, state, dy, dstate, checkpoint=2)
+    assert compilations() == compiled
 
 
-def test_results_are_not_views_of_each_other_or_of_the_inputs(dtype):
+@pytest.mark.parametrize("options", [{}, {"lengths": [6, 0, 2]}, {"checkpoint": 2}], ids=str)
+@pytest.mark.parametrize("case", [*BASIC, "LSTM proj"])
+def test_results_are_not_views_of_each_other_or_of_the_inputs(case, options, dtype):
     """Writing to one result leaves the others, and the next call, as they are."""
-    lstm = fastrnn.LSTM(5, 11, 2, dtype=dtype, seed=17)
-    given = inputs(lstm, 6, 3)
-    expected = everything(lstm, *given)
-    x, (h_0, c_0), dy, (dh_n, dc_n) = given
-    results = everything(lstm, *given)
-    arrays = [*results.values(), x, h_0, c_0, dy, dh_n, dc_n]
+    layer = make(case, 5, 11, dtype, num_layers=2, bidirectional=True)
+    x, state, dy, dstate = given = inputs(layer, 6, 3)
+    wanted = everything(layer, *given, **options)
+    results = everything(layer, *given, **options)
+    arrays = [*results.values(), x, *named(state, "").values(), dy, *named(dstate, "").values()]
     for i, a in enumerate(arrays):
         assert not any(np.shares_memory(a, b) for b in arrays[:i])
     for a in results.values():
         a[...] = np.nan
-    assert_all_same_bits(everything(lstm, *given), expected)
+    assert_all_same_bits(everything(layer, *given, **options), wanted)
 
 
 # The pullback.
 
 
-def flat(result):
-    dx, (dh_0, dc_0), grads = result
-    return {"dx": dx, "dh_0": dh_0, "dc_0": dc_0, **grads}
-
-
-@pytest.mark.parametrize("dropout", [0, 0.5])
-def test_a_pullback_owes_nothing_to_what_comes_after(dropout, dtype):
+@pytest.mark.parametrize("checkpoint", [None, 4])
+@pytest.mark.parametrize("random", [{}, RANDOM], ids=["plain", "masked"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_pullback_owes_nothing_to_what_comes_after(case, random, checkpoint, dtype):
     """Not to earlier pullbacks, parameters, the layer's next calls, nor what the user does to the arrays."""
-    lstm = fastrnn.LSTM(5, 11, 2, dropout=dropout, dtype=dtype, seed=18)
-    x, state, dy, dstate = inputs(lstm, 6, 3)
-    (y, after), pullback = lstm.vjp(x, state)
-    expected = flat(pullback(dy, dstate))
-    first = pullback(dy, dstate)
-    assert_all_same_bits(flat(first), expected)
-    for array in flat(first).values():
+    layer = make(case, 5, 11, dtype, num_layers=2, bidirectional=True, **random)
+    x, state, dy, dstate = inputs(layer, 6, 3)
+    lengths = np.array([6, 2, 5])
+    (y, after), pullback = layer.vjp(x, state, lengths=lengths, checkpoint=checkpoint)
+    wanted = pulled(pullback(dy, dstate))
+    first = pulled(pullback(dy, dstate))
+    assert_all_same_bits(first, wanted)
+    for array in (*first.values(), x, *named(state, "").values(), y, *named(after, "").values()):
         array[...] = np.nan
-    for array in (x, *state, y, *after):
-        array[...] = np.nan
-    with lstm.parameters.writable() as arrays:
+    with layer.parameters.writable() as arrays:
         for array in arrays.values():
             array[...] = np.nan
-    lstm.vjp(x, state)[1](dy, dstate)
-    assert_all_same_bits(flat(pullback(dy, dstate)), expected)
+    lengths[:] = 1
+    layer.vjp(x, state)[1](dy, dstate)
+    assert_all_same_bits(pulled(pullback(dy, dstate)), wanted)
 
 
-def test_a_pullback_in_another_thread(dtype):
-    lstm = fastrnn.LSTM(5, 11, dtype=dtype, seed=19)
-    x, state, dy, dstate = inputs(lstm, 6, 3)
-    _, pullback = lstm.vjp(x, state)
+@pytest.mark.parametrize("checkpoint", [None, 4])
+@pytest.mark.parametrize("case", BASIC)
+def test_a_pullback_in_another_thread(case, checkpoint, dtype):
+    layer = make(case, 5, 11, dtype)
+    x, state, dy, dstate = inputs(layer, 6, 3)
+    _, pullback = layer.vjp(x, state, checkpoint=checkpoint)
     results = []
     threads = [threading.Thread(target=lambda: results.append(pullback(dy, dstate))) for _ in range(4)]
     for thread in threads:
@@ -424,7 +520,7 @@ def test_a_pullback_in_another_thread(dtype):
     for thread in threads:
         thread.join()
     for result in results:
-        assert_all_same_bits(flat(result), flat(pullback(dy, dstate)))
+        assert_all_same_bits(pulled(result), pulled(pullback(dy, dstate)))
     assert len(results) == 4
 
 
@@ -433,33 +529,78 @@ def test_a_pullback_in_another_thread(dtype):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("H", [5, 40])
-def test_what_is_not_finite_stays_in_its_sequence(bad, H, dtype):
-    lstm = fastrnn.LSTM(4, H, 2, dtype=dtype, seed=20)
-    x, state, dy, dstate = inputs(lstm, 6, 9)
-    clean = everything(lstm, x, state, dy, dstate)
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_not_finite_stays_in_its_sequence(case, bad, H, dtype):
+    layer = make(case, 4, H, dtype, num_layers=2)
+    x, state, dy, dstate = inputs(layer, 6, 9)
+    clean = everything(layer, x, state, dy, dstate)
     x = x.copy()
     x[2, 4, 1] = bad
-    got = everything(lstm, x, state, dy, dstate)
-    y, h_n, c_n, _ = oracle.forward(lstm.parameters, x, *state)
-    tolerance = oracle.TOLERANCE[dtype]
-    for name, expected in {"y": y, "h_n": h_n, "c_n": c_n}.items():
-        np.testing.assert_allclose(got[name], expected, rtol=0, atol=tolerance, err_msg=name)
+    got = everything(layer, x, state, dy, dstate)
+    y, after, _ = oracle.forward(layer, x, state)
+    tolerance = (20 if "norm" in case else 1) * oracle.TOLERANCE[dtype]
+    for name, array in {"y": y, **named(after, "_n")}.items():
+        np.testing.assert_allclose(got[name], array, rtol=tolerance, atol=tolerance, err_msg=name)
     assert_same_bits(got["y"][:2], clean["y"][:2])
     others = np.arange(9) != 4
-    for name in got.keys() - lstm.parameters.keys():
+    for name in got.keys() - layer.parameters.keys():
         assert_same_bits(got[name][:, others], clean[name][:, others], name)
     if np.isnan(bad):
         assert np.isnan(got["y"][2:, 4]).all()
+    if np.isnan(bad) and case in BASIC:
         assert np.isnan(got["dx"][:, 4]).all()
-        assert all(np.isnan(got[name]).any() for name in lstm.parameters)
+        assert all(np.isnan(got[name]).any() for name in layer.parameters)
 
 
-def test_attributes_and_repr():
-    lstm = fastrnn.LSTM(3, 4, num_layers=2, bias=False, batch_first=True, dropout=0.25, dtype="float64", seed=0)
-    assert repr(lstm).startswith("LSTM(input_size=3, hidden_size=4, num_layers=2, bias=False, batch_first=True")
-    assert list(lstm.parameters) == ["weight_ih_l0", "weight_hh_l0", "weight_ih_l1", "weight_hh_l1"]
-    assert lstm.weight_ih_l1.shape == (16, 4)
+# The class.
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_config_makes_the_same_layer(case):
+    layer = make(case, 3, 6, "float64", num_layers=2, bidirectional=True, bias=False, batch_first=True, **RANDOM)
+    assert repr(layer).startswith(f"{case.split()[0]}(input_size=3, hidden_size=6, num_layers=2")
+    assert CASES[case].items() <= layer.config.items()
+    assert RANDOM.items() <= layer.config.items()
+    same = type(layer)(**layer.config)
+    assert same.config == layer.config
+    assert {n: (a.shape, a.dtype) for n, a in same.parameters.items()} == {
+        n: (a.shape, a.dtype) for n, a in layer.parameters.items()
+    }
+
+
+def test_attributes():
+    lstm = fastrnn.LSTM(3, 4, num_layers=2, bias=False, bidirectional=True, seed=0)
+    assert list(lstm.parameters) == [
+        f"weight_{name}_l{k}{way}" for k in (0, 1) for way in ("", "_reverse") for name in ("ih", "hh")
+    ]
+    assert lstm.weight_ih_l1.shape == (16, 8)
     with pytest.raises(AttributeError, match="LSTM has no attribute 'bias_ih_l0'"):
         lstm.bias_ih_l0  # noqa: B018
-    same = fastrnn.LSTM(**lstm.config)
-    assert same.config == lstm.config
+
+
+@pytest.mark.parametrize(
+    ("case", "rows", "shapes"),
+    [
+        ("LSTM proj", 24, {"weight_hr_l0": (2, 6)}),
+        ("LSTM peephole", 24, {"weight_ci_l0": (6,), "weight_cf_l0": (6,), "weight_co_l0": (6,)}),
+        ("LSTM coupled", 18, {}),
+        (
+            "LSTM peephole clip coupled proj",
+            18,
+            {"weight_hr_l0": (2, 6), "weight_cf_l0": (6,), "weight_co_l0": (6,)},
+        ),
+        (
+            "LSTM norm",
+            24,
+            {"weight_ln_ih_l0": (24,), "weight_ln_hh_l0": (24,), "weight_ln_c_l0": (6,), "bias_ln_c_l0": (6,)},
+        ),
+        ("GRU norm", 18, {"weight_ln_ih_l0": (18,), "weight_ln_hh_l0": (18,)}),
+        ("RNN", 6, {}),
+        ("GRU", 18, {}),
+    ],
+)
+def test_parameters(case, rows, shapes):
+    P = 2 if "proj" in case else 6
+    common = {"weight_ih_l0": (rows, 3), "weight_hh_l0": (rows, P), "bias_ih_l0": (rows,), "bias_hh_l0": (rows,)}
+    layer = make(case, 3, 6)
+    assert {name: array.shape for name, array in layer.parameters.items()} == common | shapes

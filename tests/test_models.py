@@ -1,5 +1,6 @@
 """The language model against its parts in float64, its gradients against slopes and PyTorch; files; sampling."""
 
+import json
 import math
 
 import numpy as np
@@ -10,44 +11,49 @@ from oracle import assert_close, assert_same_bits
 from fastrnn import batching, models
 from fastrnn.layers import LSTM
 from fastrnn.losses import cross_entropy
-from fastrnn.models import LanguageModel, Vocabulary
+from fastrnn.models import CELLS, LanguageModel, Vocabulary
+from fastrnn.parameters import read_file, write_file
 
 
-def model_and_tokens(dtype=np.float64, V=7, E=3, H=5, layers=2, T=6, B=4, **options):
+def model_and_tokens(dtype=np.float64, V=7, E=3, H=5, num_layers=2, T=6, B=4, **options):
     rng = np.random.default_rng(3)
-    model = LanguageModel(V, E, H, layers, dtype=dtype, seed=2, **options)
+    model = LanguageModel(V, E, H, num_layers, dtype=dtype, seed=2, **options)
     tokens = rng.integers(0, V, (T + 1, B))
-    state = tuple(rng.standard_normal((layers, B, H)).astype(dtype) for _ in "hc")
-    return model, tokens[:-1], tokens[1:], state
+    states = [rng.standard_normal((num_layers, B, H)).astype(dtype) for _ in range(model.rnn.STATES)]
+    return model, tokens[:-1], tokens[1:], tuple(states) if len(states) > 1 else states[0]
 
 
-def part(model, prefix):
-    return {n.removeprefix(prefix): a for n, a in model.parameters.items() if n.startswith(prefix)}
+def arrays_of(state):
+    return state if isinstance(state, tuple) else (state,)
 
 
+@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1, 1), (7, 3, 17, 2, 6, 3), (65, 17, 63, 1, 3, 65)])
-def test_logits_are_the_equations(sizes, dtype):
-    model, tokens, _, state = model_and_tokens(dtype, *sizes)
-    logits, (h, c) = model(tokens, state)
+def test_logits_are_the_equations(sizes, cell, dtype):
+    model, tokens, _, state = model_and_tokens(dtype, *sizes, cell=cell)
+    logits, after = model(tokens, state)
     p = {n: a.astype(np.float64) for n, a in model.parameters.items()}
-    y, h_, c_, _ = oracle.forward(part(model, "rnn."), p["embedding.weight"][tokens], *state)
+    y, expected, _ = oracle.forward(model.rnn, p["embedding.weight"][tokens], state)
     assert_close(logits, y @ p["output.weight"].T + p["output.bias"], "logits")
-    assert_close(h, h_, "h")
-    assert_close(c, c_, "c")
-    (again, after), _ = model.vjp(tokens, state)
-    for a, b in zip((logits, h, c), (again, *after)):
+    assert type(after) is type(state)
+    for a, b in zip(arrays_of(after), arrays_of(expected)):
+        assert_close(a, b, "state")
+    (again, after_vjp), _ = model.vjp(tokens, state)
+    for a, b in zip((logits, *arrays_of(after)), (again, *arrays_of(after_vjp))):
         assert_same_bits(a, b)
 
 
+@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_gradients_are_slopes(dropout):
-    model, tokens, targets, state = model_and_tokens(dropout=dropout)
-    d_after = tuple(np.random.default_rng(7).standard_normal(s.shape) for s in state)
+def test_gradients_are_slopes(dropout, cell):
+    model, tokens, targets, state = model_and_tokens(dropout=dropout, cell=cell)
+    ds = tuple(np.random.default_rng(7).standard_normal(s.shape) for s in arrays_of(state))
+    d_after = ds if len(ds) > 1 else ds[0]
 
     def run():
         (logits, after), pullback = model.vjp(tokens, state, np.random.default_rng(5))
         loss, dlogits = cross_entropy(logits, targets)
-        return loss + sum((a * d).sum() for a, d in zip(after, d_after)), pullback, dlogits
+        return loss + sum((a * d).sum() for a, d in zip(arrays_of(after), ds)), pullback, dlogits
 
     _, pullback, dlogits = run()
     dstate, grads = pullback(dlogits, d_after)
@@ -78,17 +84,19 @@ def test_gradients_are_slopes(dropout):
         set_and_run(kept)
         assert abs(estimate - grads[name][place]) < 1e-8, name
         assert grads[name].any(), name
-    for i in range(2):
-        assert abs(slope(state[i], (1, 2, 3)) - dstate[i][1, 2, 3]) < 1e-8
+    for s, d in zip(arrays_of(state), arrays_of(dstate)):
+        assert abs(slope(s, (1, 2, 3)) - d[1, 2, 3]) < 1e-8
 
 
-def test_agrees_with_torch():
+@pytest.mark.parametrize("cell", CELLS)
+def test_agrees_with_torch(cell):
     torch = pytest.importorskip("torch")
-    model, tokens, targets, state = model_and_tokens()
-    embedding, rnn, output = torch.nn.Embedding(7, 3), torch.nn.LSTM(3, 5, 2), torch.nn.Linear(5, 7)
+    model, tokens, targets, state = model_and_tokens(cell=cell)
+    embedding, rnn, output = torch.nn.Embedding(7, 3), getattr(torch.nn, cell.upper())(3, 5, 2), torch.nn.Linear(5, 7)
     theirs = torch.nn.ModuleDict({"embedding": embedding, "rnn": rnn, "output": output}).double()
     model.load_state_dict(theirs.state_dict())
-    y, _ = rnn(embedding(torch.from_numpy(tokens)), tuple(map(torch.from_numpy, state)))
+    their_state = tuple(map(torch.from_numpy, state)) if cell == "lstm" else torch.from_numpy(state)
+    y, _ = rnn(embedding(torch.from_numpy(tokens)), their_state)
     value = torch.nn.functional.cross_entropy(output(y).reshape(-1, 7), torch.from_numpy(targets).reshape(-1))
     value.backward()
     loss, _, grads = model.loss_and_gradients(tokens, targets, state)
@@ -108,8 +116,9 @@ def test_dropout_draws_from_the_generator_given():
     assert a.loss_and_gradients(tokens, targets)[0] == b.loss_and_gradients(tokens, targets)[0]
 
 
-def test_bits_do_not_depend_on_threads(dtype, small_shares):
-    model, tokens, targets, state = model_and_tokens(dtype, 40, 17, 65, 2, 5, 12)
+@pytest.mark.parametrize("cell", CELLS)
+def test_bits_do_not_depend_on_threads(cell, dtype, small_shares):
+    model, tokens, targets, state = model_and_tokens(dtype, 40, 17, 65, 2, 5, 12, cell=cell)
     results = []
     for threads in (1, 2):
         batching.set_num_threads(threads)
@@ -119,8 +128,9 @@ def test_bits_do_not_depend_on_threads(dtype, small_shares):
         assert_same_bits(results[0][2][name], results[1][2][name], name)
 
 
-def test_greedy_generation_takes_the_likeliest():
-    model, *_ = model_and_tokens()
+@pytest.mark.parametrize("cell", CELLS)
+def test_greedy_generation_takes_the_likeliest(cell):
+    model, *_ = model_and_tokens(cell=cell)
     prompt = np.array([1, 4, 2])
     sequence = list(prompt)
     for _ in range(12):
@@ -154,15 +164,29 @@ def test_generation_refuses_what_is_not_finite():
         model.generate([1], 1)
 
 
+@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("vocabulary", [None, "ab\nçß漢🙂"])
-def test_file_keeps_all(vocabulary, dtype, tmp_path):
-    model, tokens, _, state = model_and_tokens(dtype, dropout=0.25, vocabulary=vocabulary)
+def test_file_keeps_all(vocabulary, cell, dtype, tmp_path):
+    model, tokens, _, state = model_and_tokens(dtype, dropout=0.25, vocabulary=vocabulary, cell=cell)
     model.save(tmp_path / "model")
     loaded = models.load(tmp_path / "model")
     assert loaded.config == model.config
     assert_same_bits(loaded(tokens, state)[0], model(tokens, state)[0])
     assert (loaded.vocabulary and "".join(loaded.vocabulary.characters)) == vocabulary
     assert repr(loaded) == repr(model)
+    assert type(loaded.rnn) is CELLS[cell]
+
+
+def test_a_file_that_names_no_cell_is_of_lstm(tmp_path):
+    model, tokens, _, state = model_and_tokens()
+    model.save(tmp_path / "model")
+    arrays, metadata = read_file(tmp_path / "model")
+    config = json.loads(metadata["fastrnn"])
+    assert config.pop("cell") == "lstm"
+    write_file(tmp_path / "model", arrays, {**metadata, "fastrnn": json.dumps(config)})
+    loaded = models.load(tmp_path / "model")
+    assert loaded.config == model.config
+    assert_same_bits(loaded(tokens, state)[0], model(tokens, state)[0])
 
 
 def test_load_refuses_other_files(tmp_path):
@@ -202,6 +226,8 @@ def model():
         (lambda: LanguageModel(3, 2, 2, dropout=1), ValueError, "dropout: expected a probability less than 1"),
         (lambda: LanguageModel(3, 2, 2, dtype=int), TypeError, "dtype: expected float32 or float64"),
         (lambda: LanguageModel(3, 2, 2, seed="1"), TypeError, "seed: expected an int, got '1'"),
+        (lambda: LanguageModel(3, 2, 2, cell="LSTM"), ValueError, "cell: expected one of rnn, lstm, gru, got 'LSTM'"),
+        (lambda: LanguageModel(3, 2, 2, cell=None), ValueError, "cell: expected one of rnn, lstm, gru, got None"),
         (lambda: LanguageModel(3, 2, 2, vocabulary="ab"), ValueError, "vocabulary: expected 3 characters, got 2"),
         (lambda: model()([1, 2]), ValueError, r"tokens: expected shape \(T, B\), got \(2,\)"),
         (lambda: model()(X + 0.5), TypeError, "tokens: expected integers, got dtype float64"),

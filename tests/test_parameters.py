@@ -1,10 +1,12 @@
 """Parameters change only where the packed weights notice; state dicts and files are taken whole or not at all."""
 
 import copy
+import json
 import os
 import pickle
 
 import numpy as np
+import oracle
 import pytest
 from oracle import assert_same_bits
 from safetensors.numpy import save_file
@@ -199,6 +201,50 @@ def test_files(lstm, x, tmp_path):
     assert_same_bits(twin(x)[0], lstm(x)[0])
     assert_read_only(twin)
     assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one way", "both ways"])
+@pytest.mark.parametrize("case", [case for case in oracle.CASES if case != "RNN softsign"])
+def test_a_file_says_what_it_is_of(case, bidirectional, dtype, tmp_path):
+    """Its metadata makes the module anew."""
+    layer = oracle.make(case, 3, 6, dtype, num_layers=2, bidirectional=bidirectional, zoneout=0.2)
+    layer.save(tmp_path / "layer")
+    arrays, metadata = parameters.read_file(tmp_path / "layer")
+    assert_same_state({name: arrays[name] for name in layer.parameters}, layer.state_dict())
+    config = json.loads(metadata["fastrnn"])
+    twin = getattr(fastrnn, config.pop("class"))(**config).load(tmp_path / "layer")
+    assert repr(twin) == repr(layer)
+    x = oracle.inputs(layer, 4, 2)[0]
+    assert_same_bits(twin(x)[0], layer(x)[0])
+
+
+def test_a_layer_with_a_function_of_ones_own_is_saved(dtype, tmp_path):
+    """Its parameters are; a file holds no function."""
+    layer, other = (oracle.make("RNN softsign", 3, 6, dtype, seed=seed) for seed in (1, 2))
+    layer.save(tmp_path / "layer")
+    assert_same_state(other.load(tmp_path / "layer").state_dict(), layer.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("Layer", "options"),
+    [
+        (
+            fastrnn.RNN,
+            {"input_size": np.int64(3), "bias": np.True_, "dropout": np.float32(0), "zoneout": np.float32(0.5)},
+        ),
+        (fastrnn.LSTM, {"proj_size": np.int32(2), "peephole": np.True_, "coupled": np.False_}),
+        (fastrnn.LSTM, {"cell_clip": np.float32(0.5), "layer_norm": np.True_, "zoneout": (np.float64(0.5), 0)}),
+        (fastrnn.GRU, {"reset_after": np.False_, "num_layers": np.uint8(2), "bidirectional": np.True_}),
+    ],
+)
+def test_numpys_numbers_as_options_are_saved(Layer, options, tmp_path):
+    layer = Layer(**{"input_size": 3, "hidden_size": 4, **options})
+    layer.save(tmp_path / "layer")
+    config = json.loads(parameters.read_file(tmp_path / "layer")[1]["fastrnn"])
+    assert config.pop("class") == Layer.__name__
+    twin = Layer(**config)
+    for name, value in options.items():
+        assert np.all(np.equal(twin.config[name], value)), name
 
 
 def test_pytorch_reads_the_file(lstm, tmp_path):

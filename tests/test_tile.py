@@ -33,6 +33,28 @@ def arithmetic(x, y, z, out):
         tile.store_whole(results[i], at(out, i * n))
 
 
+@numba.njit
+def mapped(function, x, out):
+    tile.store_whole(tile.map_lanes(function, tile.load_whole(at(x, 0))), at(out, 0))
+
+
+@numba.njit
+def half_of(a):
+    return a * np.float32(0.5)
+
+
+@numba.njit
+def softsign(a):
+    """float64 whatever it takes, by another function and a branch."""
+    return 2 * half_of(a) / (1.0 + abs(a)) if a < 4 else a - 7
+
+
+@numba.njit
+def sign(a):
+    """An integer."""
+    return 1 if a > 0 else -1
+
+
 @numba.njit(nogil=True)
 def meet_often(me, parties, rounds, seen, barrier):
     """How often a party was found behind right after the barrier, or ahead of the next one."""
@@ -98,6 +120,16 @@ def test_arithmetic(dtype, rng):
     for i, row in enumerate(expected):
         tolerance = 4 * np.finfo(dtype).eps if i == 6 else 0
         np.testing.assert_allclose(out[i], row, rtol=tolerance, atol=tolerance, err_msg=str(i))
+
+
+@pytest.mark.parametrize("function", [half_of, softsign, sign])
+def test_a_function_of_each_number(function, dtype):
+    """Its result takes the vector's dtype, and each lane is its own."""
+    x = np.linspace(-3, 6, tile.LANES_OF[dtype]).astype(dtype)
+    x[1] = np.nan
+    out = np.zeros_like(x)
+    mapped(function, x, out)
+    np.testing.assert_array_equal(out, np.array([function(a) for a in x]).astype(dtype))
 
 
 @pytest.mark.parametrize("parties", [1, 2, 3, 7])

@@ -1,5 +1,6 @@
 """Truncated BPTT step for step with PyTorch; checkpoints that continue exactly; evaluation."""
 
+import json
 import math
 import os
 import signal
@@ -10,7 +11,7 @@ import pytest
 
 from fastrnn import batching, models
 from fastrnn.losses import cross_entropy
-from fastrnn.models import LanguageModel
+from fastrnn.models import CELLS, LanguageModel
 from fastrnn.optim import SGD, Adam
 from fastrnn.parameters import read_file, write_file
 from fastrnn.training import Trainer, evaluate, streams
@@ -20,7 +21,8 @@ OPTIMIZERS = {"sgd": lambda p: SGD(p, 0.5, momentum=0.9), "adam": lambda p: Adam
 
 
 def trainer(kind="adam", dtype=np.float64, seed=1, text=TEXT, **options):
-    model = LanguageModel(9, 5, 8, 2, options.pop("dropout", 0.0), dtype, seed=seed, vocabulary="abcdefghi")
+    of_model = {"dropout": options.pop("dropout", 0.0), "cell": options.pop("cell", "lstm")}
+    model = LanguageModel(9, 5, 8, 2, dtype=dtype, seed=seed, vocabulary="abcdefghi", **of_model)
     settings = {"batch": 3, "seq_len": 10, "epochs": 2, "clip": 0.1, "seed": 4, **options}
     return Trainer(model, OPTIMIZERS[kind](model.parameters), text, **settings)
 
@@ -29,13 +31,18 @@ def updates(training, count=10**6):
     return [training.update() for _ in range(min(count, training.total - training.updates))]
 
 
+@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_follows_torch(kind):
+def test_follows_torch(kind, cell):
     """Fifty updates over the ends of epochs, with clipping, from the same weights on the same windows."""
     torch = pytest.importorskip("torch")
-    ours = trainer(kind, epochs=3)
+    ours = trainer(kind, epochs=3, cell=cell)
     theirs = torch.nn.ModuleDict(
-        {"embedding": torch.nn.Embedding(9, 5), "rnn": torch.nn.LSTM(5, 8, 2), "output": torch.nn.Linear(8, 9)}
+        {
+            "embedding": torch.nn.Embedding(9, 5),
+            "rnn": getattr(torch.nn, cell.upper())(5, 8, 2),
+            "output": torch.nn.Linear(8, 9),
+        }
     ).double()
     theirs.load_state_dict({n: torch.from_numpy(a) for n, a in ours.model.state_dict().items()})
     their_kind = {"sgd": lambda p: torch.optim.SGD(p, 0.5, momentum=0.9), "adam": lambda p: torch.optim.Adam(p, 0.01)}
@@ -48,7 +55,7 @@ def test_follows_torch(kind):
         for first in range(0, 232, 10):
             last = min(first + 10, 232)
             y, state = theirs["rnn"](theirs["embedding"](text[first:last]), state)
-            state = tuple(s.detach() for s in state)
+            state = tuple(s.detach() for s in state) if cell == "lstm" else state.detach()
             logits, targets = theirs["output"](y).reshape(-1, 9), text[first + 1 : last + 1].reshape(-1)
             loss = torch.nn.functional.cross_entropy(logits, targets)
             optimizer.zero_grad()
@@ -63,8 +70,9 @@ def test_follows_torch(kind):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("stop", [0, 5, 24, 30])
-def test_resumed_run_is_the_unbroken_one(stop, dtype, tmp_path):
-    options = {"dtype": dtype, "dropout": 0.2, "schedule": "cosine"}
+@pytest.mark.parametrize("cell", CELLS)
+def test_resumed_run_is_the_unbroken_one(cell, stop, dtype, tmp_path):
+    options = {"dtype": dtype, "dropout": 0.2, "schedule": "cosine", "cell": cell}
     unbroken = trainer(**options)
     losses = updates(unbroken)
     assert len(losses) == 48
@@ -242,6 +250,27 @@ def test_resume_refuses_other_settings_and_changes_nothing(tmp_path):
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="path: expected a whole safetensors file"):
         trainer().resume(path)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_resume_refuses_another_cell(cell, tmp_path):
+    trainer(cell=cell).save(tmp_path / "checkpoint")
+    for other in CELLS.keys() - {cell}:
+        with pytest.raises(ValueError, match=f"cell: .* is of other settings: it has '{cell}', not '{other}'"):
+            trainer(cell=other).resume(tmp_path / "checkpoint")
+
+
+def test_resume_takes_a_checkpoint_that_names_no_cell_for_lstm(tmp_path):
+    training = trainer()
+    losses = updates(training, 5)
+    training.save(tmp_path / "checkpoint")
+    arrays, metadata = read_file(tmp_path / "checkpoint")
+    config = json.loads(metadata["fastrnn"])
+    del config["cell"]
+    write_file(tmp_path / "checkpoint", arrays, {**metadata, "fastrnn": json.dumps(config)})
+    continued = trainer()
+    continued.resume(tmp_path / "checkpoint")
+    assert losses + updates(continued, 3) == updates(trainer(), 8)
 
 
 def test_resume_refuses_a_file_without_an_array(tmp_path):

@@ -1,0 +1,184 @@
+"""Layer normalisation of the LSTM and the GRU: what `Recurrent` does for them in a way of its own.
+
+All functions take the layer, which has ``layer_norm``; those that stand in for a method of `Recurrent` have its name.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from . import batching
+from .batching import Sequences
+from .kernels import layer_norm as kernels
+from .kernels import linear
+from .kernels.cell import Masks
+from .kernels.gemm import multiply_address
+from .kernels.tile import LANES_OF, VECS
+from .parameters import Array, read_only
+
+# Rows whose input projections are computed at once, and over which gradients are gathered before the weights take them
+# up: few enough to be in the second-level cache still.
+ROWS_FORWARD, ROWS_BACKWARD = 48, 256
+
+LSTM = SimpleNamespace(forward=kernels.lstm_forward, backward=kernels.lstm_backward, slots=4)
+GRU = SimpleNamespace(forward=kernels.gru_forward, backward=kernels.gru_backward, slots=3)
+
+
+def kinds(layer: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The parameters of one direction that other layers lack, and their shapes."""
+    H = layer.cell.H
+    yield "weight_ln_ih", (layer.cell.gates * H,)
+    yield "weight_ln_hh", (layer.cell.gates * H,)
+    if layer.STATES == 2:
+        yield "weight_ln_c", (H,)
+        yield "bias_ln_c", (H,)
+
+
+def initial(layer: Any, name: str, shape: tuple[int, ...]) -> Array:
+    """One of these parameters at first: the normalised numbers as they are."""
+    return np.full(shape, 1 if name.startswith("weight_ln") else 0, layer.dtype)
+
+
+def packs(layer: Any, save: bool) -> dict[tuple[int, int], tuple[kernels.Weights, kernels.Weights]]:
+    """As the method."""
+
+    def derived(key: tuple[int, int], backward: bool) -> kernels.Weights:
+        return layer.parameters.derived((backward, *key), partial(_pack, layer, *key, backward))
+
+    return {key: (derived(key, False), derived(key, save)) for key in layer._keys()}
+
+
+def _pack(layer: Any, k: int, d: int, backward: bool) -> kernels.Weights:
+    """A direction's weights as the kernels read them; nothing of it is the layer's own memory."""
+    cell, dtype, W = layer.cell, layer.dtype, VECS * LANES_OF[layer.dtype]
+
+    def matrix(kind: str) -> Array:
+        w = read_only(given[kind])
+        N, K = -(-w.shape[0] // W) * W, -(-w.shape[1] // W) * W
+        packed = batching.empty(W + K * N if backward else N * (1 + w.shape[1]), dtype)
+        if backward:
+            linear.pack_backward(w, packed)
+        else:
+            linear.pack_forward(w, read_only(np.zeros(len(w), dtype)), packed)
+        return packed
+
+    def stack(names: list[str], size: int) -> Array:
+        return np.concatenate([given.get(name, np.zeros(size, dtype)) for name in names])
+
+    given = {kind: layer.parameters[layer._name(kind, k, d)] for kind, _ in layer._kinds(layer._inputs_of(k))}
+    return kernels.Weights(
+        matrix("weight_ih"),
+        matrix("weight_hh"),
+        matrix("weight_hr") if cell.P != cell.H else np.empty(0, dtype),
+        stack(["bias_ih", "weight_ln_ih", "bias_hh", "weight_ln_hh"], cell.gates * cell.H),
+        stack(["weight_ln_c", "bias_ln_c", "weight_ci", "weight_cf", "weight_co"], cell.H),
+    )
+
+
+def run_direction(
+    layer: Any,
+    key: tuple[int, int],
+    x: Array,
+    y: Array,
+    before: list[Array],
+    after: list[Array],
+    sequences: Sequences,
+    masks: dict[tuple[Any, ...], Any],
+    packs: tuple[kernels.Weights, kernels.Weights],
+    save: bool,
+) -> Any:
+    """As the method, over at least one row."""
+    cell, dtype, (N, I), B, W = layer.cell, layer.dtype, x.shape, sequences.B, VECS * LANES_OF[layer.dtype]
+    H, P, M, functions = cell.H, cell.P, cell.gates * cell.H, LSTM if layer.STATES == 2 else GRU
+    steps, multiply, chunks = sequences.steps, multiply_address(dtype), sequences.chunks(ROWS_FORWARD)
+    given = [masks.get((name, *key)) for name in ("recurrent", "zoneout_h", "zoneout_s")]
+    mask_arrays = Masks(*[np.empty((0, 0), dtype) if mask is None else mask for mask in given])
+    work = N * M * (I + P)
+    parties = min(B, batching.parties_for(work, B, H, dtype))
+
+    R, saved = N if save else max(B, sequences.largest(chunks)), N if save else 0
+    sizes = kernels.Buffers(
+        u=R * M,
+        v=R * M,
+        gates=R * functions.slots * H,
+        before=R * H,
+        normal=R * H,
+        scales=R * 3,
+        xs=_padded(I, W) * saved,
+        hs=_padded(P, W) * saved,
+        ms=_padded(H, W) * saved if P != H else 0,
+        seen=B * P,
+        m=B * H,
+        scratch=parties * W,
+    )
+    buffers = kernels.Buffers(*[batching.empty(size, dtype) for size in sizes])
+    h_0, s = before[0], before[-1].copy()
+
+    def call(me: int, parties: int, barrier: Array) -> None:
+        functions.forward(
+            layer.record, x, h_0, s, packs[0], y, buffers, steps, chunks, mask_arrays, save,
+            sequences.share(me, parties, 1, dtype), barrier, multiply,
+        )  # fmt: skip
+
+    batching.together(parties, call)
+    sequences.unsorted(sequences.last(y, h_0), after[0])
+    if layer.STATES == 2:
+        sequences.unsorted(s, after[1])
+    if not save:
+        return None
+
+    def backward(dy: Array, d_after: list[Array], d_before: list[Array], sums: Any) -> Array:
+        backs, fresh = sequences.chunks(ROWS_BACKWARD), key not in sums
+        parties = min(B, batching.parties_for(2 * work, B, H, dtype))
+        R = sequences.largest(backs)
+        sizes = kernels.Work(du=R * M, dv=R * M, dn=R * H, dp=R * P, dm=B * H, d_seen=B * P, scratch=parties * W)
+        space = kernels.Work(*[batching.empty(size, dtype) for size in sizes])
+        out = layer._gradients(sums, key, N, B, I)
+        for d, d_n in zip((out.h_0, out.s_0), d_after):
+            d[...] = d_n
+
+        def call(me: int, parties: int, barrier: Array) -> None:
+            functions.backward(
+                layer.record, dy, packs[1], buffers, out, space, steps, backs, mask_arrays, fresh,
+                sequences.share(me, parties, 1, dtype), barrier, multiply,
+            )  # fmt: skip
+
+        batching.together(parties, call)
+        for d_state, d in zip(d_before, (out.h_0, out.s_0)):
+            sequences.unsorted(d, d_state)
+        return out.x
+
+    return backward
+
+
+def gradients(layer: Any, sums: Any, key: tuple[int, int], N: int, B: int, I: int) -> kernels.Gradients:
+    """As the method."""
+    cell, dtype = layer.cell, layer.dtype
+    H, P, M = cell.H, cell.P, cell.gates * cell.H
+    if key not in sums:
+        shapes = [(M, I), (M, P), (P, H) if P != H else (0, 0), (4, M), (5, H)]
+        sums[key] = [np.empty(shape, dtype) for shape in shapes]
+    return kernels.Gradients(np.empty((N, I), dtype), np.empty((B, P), dtype), np.empty((B, H), dtype), *sums[key])
+
+
+def named(layer: Any, sums: Any) -> dict[str, Array]:
+    """Gradients by the parameters' names, from what the kernels write."""
+    named: dict[str, Array] = {}
+    for k, d in layer._keys():
+        w_ih, w_hh, w_hr, gates, units = sums[k, d]
+        given = {"weight_ih": w_ih, "weight_hh": w_hh, "weight_hr": w_hr}
+        for names, rows in (
+            ("bias_ih weight_ln_ih bias_hh weight_ln_hh", gates),
+            ("weight_ln_c bias_ln_c weight_ci weight_cf weight_co", units),
+        ):
+            given |= {name: row.copy() for name, row in zip(names.split(), rows)}
+        named |= {layer._name(kind, k, d): given[kind] for kind, _ in layer._kinds(layer._inputs_of(k))}
+    return named
+
+
+def _padded(columns: int, W: int) -> int:
+    """The numbers of a row in panels."""
+    return -(-columns // W) * W

@@ -1,0 +1,654 @@
+"""What recurrent layers share: stacking, directions, dropout, lengths, calls and vector-Jacobian products.
+
+`Recurrent` is the layers' base; a layer says what its cell is and which kernels run it. A `Direction` is one direction
+of one layer of the stack, over rows as the kernels read them.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import batching, layer_norm
+from .batching import Sequences
+from .checks import (
+    as_array,
+    as_checked,
+    as_kernel_array,
+    as_lengths,
+    as_seed,
+    describe,
+    flag,
+    float_dtype,
+    positive,
+    probability,
+)
+from .kernels import bptt
+from .kernels import cell as cells
+from .kernels import recurrent as steps
+from .kernels.gemm import multiply_address
+from .kernels.tile import LANES_OF, ROW_PANELS, VECS
+from .parameters import Array, Module, Parameters, read_only
+
+if TYPE_CHECKING:
+    from .streaming import Stream
+
+Gradients = dict[str, Array]
+Pullback = Callable[..., tuple[Array, Any, Gradients]]
+Key = tuple[int, int]
+Masks = dict[tuple[Any, ...], Any]
+Sums = dict[Key, list[Array]]
+Packs = dict[Key, tuple[Any, Any]]
+
+# Rows whose input projections are computed at once: enough for tall tiles, few enough that the gates are still in the
+# second-level cache when the recurrence adds to them.
+ROWS_FORWARD = 48
+# The same for a single sequence: so many steps give time for one row of rider tiles.
+ROWS_FORWARD_ALONE = ROW_PANELS * VECS + 1
+# Rows over which the gates' derivatives are gathered before the weights' gradients take them up.
+ROWS_BACKWARD = 512
+
+
+class Recurrent(Module):
+    """What recurrent layers share. A layer says how many ``STATES`` it has and what its ``cell`` is.
+
+    ``kernels`` has its functions forward, backward and step; ``cell`` is as `fastrnn.kernels.cell` describes it.
+    Inside, sequences are rows and a state is a tuple of arrays (num_layers * directions, B, features).
+    """
+
+    STATES: int
+    parameters: Parameters
+    cell: cells.Cell
+    layer_norm = False
+
+    @property
+    def kernels(self) -> Any:
+        raise NotImplementedError
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        bias: bool,
+        batch_first: bool,
+        dropout: float,
+        bidirectional: bool,
+        recurrent_dropout: float,
+        zoneout: Any,
+        dtype: Any,
+        seed: int | None,
+        **options: Any,
+    ):
+        self.record = np.array([self.cell], cells.RECORD)
+        self.input_size = positive(input_size, "input_size")
+        self.hidden_size = positive(hidden_size, "hidden_size")
+        self.num_layers = positive(num_layers, "num_layers")
+        self.bias, self.batch_first = flag(bias, "bias"), flag(batch_first, "batch_first")
+        self.dropout = probability(dropout, "dropout")
+        self.bidirectional = flag(bidirectional, "bidirectional")
+        self.recurrent_dropout = probability(recurrent_dropout, "recurrent_dropout")
+        self.zoneout = self._zoneout(zoneout)
+        self.dtype = float_dtype(dtype)
+        if self.dropout and self.num_layers == 1:
+            warnings.warn("dropout acts between layers: with num_layers=1 it does nothing", stacklevel=3)
+        self.config = {
+            "input_size": self.input_size,
+            "hidden_size": self.hidden_size,
+            "num_layers": self.num_layers,
+            "bias": self.bias,
+            "batch_first": self.batch_first,
+            "dropout": self.dropout,
+            "bidirectional": self.bidirectional,
+            **options,
+            "recurrent_dropout": self.recurrent_dropout,
+            "zoneout": zoneout,
+            "dtype": self.dtype.name,
+        }
+        self._rng = np.random.default_rng(as_seed(seed))
+        bound = self.hidden_size**-0.5
+        self.parameters = Parameters(
+            {name: self._initial(name, shape, bound) for name, shape in self._shapes()},
+        )
+
+    def _initial(self, name: str, shape: tuple[int, ...], bound: float) -> Array:
+        if "_ln_" in name:
+            return layer_norm.initial(self, name, shape)
+        return self._rng.uniform(-bound, bound, shape).astype(self.dtype)
+
+    def _zoneout(self, zoneout: Any) -> tuple[float, ...]:
+        """The probability for each state."""
+        if isinstance(zoneout, (tuple, list)) and len(zoneout) == self.STATES:
+            return tuple(probability(p, "zoneout") for p in zoneout)
+        if isinstance(zoneout, (tuple, list)):
+            raise ValueError(f"zoneout: expected a number or one for each of {self.STATES} states, got {zoneout}")
+        return (probability(zoneout, "zoneout"),) * self.STATES
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def output_size(self) -> int:
+        """Outputs of each direction: the size of h."""
+        return self.cell.P
+
+    def _name(self, kind: str, k: int, d: int) -> str:
+        return f"{kind}_l{k}{'_reverse' if d else ''}"
+
+    def _kinds(self, inputs: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """The parameters of one direction, and their shapes."""
+        gates, H, P = self.cell.gates, self.cell.H, self.cell.P
+        yield "weight_ih", (gates * H, inputs)
+        yield "weight_hh", (gates * H, P)
+        if self.bias:
+            yield "bias_ih", (gates * H,)
+            yield "bias_hh", (gates * H,)
+        if self.layer_norm:
+            yield from layer_norm.kinds(self)
+
+    def _inputs_of(self, k: int) -> int:
+        return self.input_size if k == 0 else self.directions * self.cell.P
+
+    def _keys(self) -> Iterator[Key]:
+        return ((k, d) for k in range(self.num_layers) for d in range(self.directions))
+
+    def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        for k, d in self._keys():
+            for kind, shape in self._kinds(self._inputs_of(k)):
+                yield self._name(kind, k, d), shape
+
+    def _weights(self, k: int, d: int) -> SimpleNamespace:
+        """The parameters of a direction, all of one Numba type, with zeros or nothing for those it lacks."""
+        H, gates = self.cell.H, self.cell.gates
+        given = {kind: self.parameters[self._name(kind, k, d)] for kind, _ in self._kinds(self._inputs_of(k))}
+        none, zeros = np.empty((0, 0), self.dtype), np.zeros(H, self.dtype)
+        if not self.bias:
+            given |= {"bias_ih": np.zeros(gates * H, self.dtype), "bias_hh": np.zeros(gates * H, self.dtype)}
+        peepholes = none
+        if self.cell.peephole:
+            peepholes = np.stack([given.get(f"weight_c{gate}", zeros) for gate in "ifo"])
+        given |= {"weight_hr": given.get("weight_hr", none), "peepholes": peepholes}
+        return SimpleNamespace(**{kind: read_only(array) for kind, array in given.items()})
+
+    def _pack_all(self) -> tuple[Array, list[int]]:
+        """All weights as the forward kernels read them, and where each direction's begin, and the end."""
+        L = LANES_OF[self.dtype]
+        weights = {key: self._weights(*key) for key in self._keys()}
+        sizes = [
+            cells.packed_layout.py_func(self.cell, w.weight_ih.shape[1], VECS * L, L)[-1] for w in weights.values()
+        ]
+        offsets = [0, *np.cumsum(sizes).tolist()]
+        packed = batching.empty(offsets[-1], self.dtype)
+        for w, first, last in zip(weights.values(), offsets, offsets[1:]):
+            biases = w.bias_ih, w.bias_hh
+            cells.pack_forward(
+                self.record, w.weight_ih, w.weight_hh, *biases, w.weight_hr, w.peepholes, packed[first:last]
+            )
+        return packed, offsets
+
+    def _pack_forward(self) -> dict[Key, Array]:
+        packed, offsets = self.parameters.derived("forward", self._pack_all)
+        return {key: packed[offsets[i] : offsets[i + 1]] for i, key in enumerate(self._keys())}
+
+    def _pack_backward(self, k: int, d: int) -> Array:
+        w = self._weights(k, d)
+        L = LANES_OF[self.dtype]
+        size = cells.packed_back_layout.py_func(self.cell, w.weight_ih.shape[1], VECS * L, L)[-1]
+        packed = batching.empty(size, self.dtype)
+        cells.pack_backward(self.record, w.weight_ih, w.weight_hh, w.weight_hr, w.peepholes, packed)
+        return packed
+
+    def _packs(self, save: bool) -> Packs:
+        """Each direction's weights as the kernels read them: forward and, if ``save``, backward."""
+        if self.layer_norm:
+            return layer_norm.packs(self, save)
+        packs = self._pack_forward()
+        make = {key: partial(self._pack_backward, *key) for key in packs}
+        derived = self.parameters.derived
+        return {key: (pack, derived(("backward", *key), make[key]) if save else pack) for key, pack in packs.items()}
+
+    @property
+    def steps_in_place(self) -> bool:
+        """Whether the kernels' ``step`` runs the layer."""
+        return not self.bidirectional and not any(self.zoneout) and not self.layer_norm
+
+    def stream(self, batch_size: int = 1) -> "Stream":
+        """The layer as one that is fed one step at a time and remembers its state: a `fastrnn.streaming.Stream`."""
+        from .streaming import Stream
+
+        return Stream(self, batch_size)
+
+    @property
+    def packed(self) -> steps.Packed:
+        """The weights as `fastrnn.kernels`' functions ``step`` take them, from compiled code too; see `new_state`.
+
+        A named tuple of arrays, which is made again when parameters have changed; what was taken before stays as it
+        was. Raises ValueError for layers that have no such step: bidirectional ones, with zoneout or layer_norm.
+        """
+        if not self.steps_in_place:
+            raise ValueError(f"packed: expected a layer of one direction without zoneout and layer_norm, got {self}")
+        return self.parameters.derived("packed", self._make_packed)
+
+    def _make_packed(self) -> steps.Packed:
+        packed, offsets = self.parameters.derived("forward", self._pack_all)
+        return steps.Packed(self.record, np.array(offsets[:-1], np.int64), packed, multiply_address(self.dtype))
+
+    def new_state(self, batch_size: int = 1) -> steps.State:
+        """A state of zeros, with workspace, that `fastrnn.kernels`' functions ``step`` change in place.
+
+        >>> import numba
+        >>> import numpy as np
+        >>> import fastrnn
+        >>> from fastrnn.kernels import lstm as kernels
+        >>> lstm = fastrnn.LSTM(3, 5, num_layers=2, seed=0)
+        >>> @numba.njit
+        ... def run(packed, state, x):
+        ...     for t in range(len(x)):
+        ...         kernels.step(packed, state, x[t])
+        >>> x = np.ones((10, 1, 3), np.float32)
+        >>> state = lstm.new_state()
+        >>> run(lstm.packed, state, x)
+        >>> y, (h_n, c_n) = lstm(x)
+        >>> bool((state.h == h_n).all() and (state.s == c_n).all())
+        True
+        """
+        B, layers = positive(batch_size, "batch_size"), self.num_layers
+        h = np.zeros((layers, B, self.cell.P), self.dtype)
+        s = np.zeros((layers, B, self.cell.H), self.dtype) if self.STATES == 2 else h
+        return steps.State(h, s, np.empty(step_size(self.cell, B, LANES_OF[self.dtype]), self.dtype))
+
+    # Arguments and results, as the user has them and as the kernels do.
+
+    def _inputs(self, x: Array, state: Any) -> tuple[Array, tuple[Array, ...], bool]:
+        """The arguments, checked: x (T, B, I), the state, and whether x was a batch."""
+        x = x if type(x) is np.ndarray else as_array(x, "x")
+        batched = x.ndim == 3
+        if not batched and x.ndim != 2:
+            raise ValueError(f"x: expected 3 dimensions (a batch) or 2 (one sequence), got shape {x.shape}")
+        T, B = x.shape[0] or None, x.shape[1] or None  # None: any size but this
+        x = as_kernel_array(x, "x", self.dtype, (T, B, self.input_size) if batched else (T, self.input_size))
+        x = self._time_first(x, batched)
+        return x, self._state_arrays(state, "state", x.shape[1], batched), batched
+
+    @staticmethod
+    def _sequences(x: Array, lengths: Any) -> Sequences:
+        """How the sequences of x (T, B, I) stand in rows."""
+        T, B, _ = x.shape
+        return Sequences(T, B, None if lengths is None else as_lengths(lengths, "lengths", T, B))
+
+    def _state_arrays(self, state: Any, name: str, batch: int, batched: bool) -> tuple[Array, ...]:
+        layers, cell = self.num_layers * self.directions, self.cell
+        shapes = ((layers, batch, cell.P), (layers, batch, cell.H))[: self.STATES]
+        if state is None:
+            return tuple([np.zeros(shape, self.dtype) for shape in shapes])
+        if self.STATES == 1:
+            state = (state,)
+        elif not isinstance(state, (tuple, list)) or len(state) != self.STATES:
+            raise TypeError(f"{name}: expected a tuple of {self.STATES} arrays, got {describe(state)}")
+        if batched:
+            return tuple([as_kernel_array(s, name, self.dtype, shape) for s, shape in zip(state, shapes)])
+        return tuple(
+            [as_kernel_array(s, name, self.dtype, shape[::2]).reshape(shape) for s, shape in zip(state, shapes)]
+        )
+
+    def _time_first(self, x: Array, batched: bool) -> Array:
+        """What the user gave, with three dimensions, as the kernels read it: the inverse of `_sequence`."""
+        if not batched:
+            return x[:, None]
+        return np.ascontiguousarray(x.swapaxes(0, 1)) if self.batch_first else x
+
+    def _sequence(self, y: Array, batched: bool) -> Array:
+        """An output sequence as the user gave the input."""
+        if not batched:
+            return y[:, 0]
+        return y.swapaxes(0, 1) if self.batch_first else y
+
+    def _state(self, state: tuple[Array, ...], batched: bool) -> Any:
+        state = state if batched else tuple(s[:, 0] for s in state)
+        return state if self.STATES > 1 else state[0]
+
+    # Running.
+
+    def __call__(self, x: Array, state: Any = None, lengths: Any = None) -> tuple[Array, Any]:
+        """Run over a sequence, for inference: nothing is drawn at random.
+
+        Args:
+            x: (T, B, I), or (B, T, I) with ``batch_first``, or one sequence (T, I).
+            state: before the first step; each array of it (num_layers * directions, B, H), or without B for one
+                sequence. None stands for zeros.
+            lengths: of B sequences, from 0 to T, in any order; None: all are T long.
+
+        Returns ``y, state``: the last layer's outputs, shaped as ``x`` with directions * H in place of I, 0 past a
+        sequence's end; and the state after each sequence's last step, with which the next call continues.
+
+        Raises TypeError or ValueError for arrays of a wrong dtype or shape.
+        """
+        x, before, batched = self._inputs(x, state)
+        if lengths is None and len(x) == 1 and x.shape[1] < batching.ROWS_OF_A_SHARE and self.steps_in_place:
+            y, after = self._step(x[0], before)
+            return self._sequence(y[None], batched), self._state(after, batched)
+        sequences = self._sequences(x, lengths)
+        packs = self._packs(save=False)
+        y, after, _ = self._run(sequences.rows(x), before, sequences, self._expected_masks(), packs, save=False)
+        return self._sequence(sequences.padded(y), batched), self._state(after, batched)
+
+    def vjp(
+        self,
+        x: Array,
+        state: Any = None,
+        rng: np.random.Generator | None = None,
+        lengths: Any = None,
+        checkpoint: int | None = None,
+    ) -> tuple[Any, Pullback]:
+        """Run over a sequence, for training, and remember what backpropagation through time needs.
+
+        Args:
+            x, state, lengths: as for a call.
+            rng: draws the masks of dropout, recurrent dropout and zoneout; None takes the layer's own, seeded by
+                ``seed``.
+            checkpoint: keep only the state before every so many steps, and run forward again from there when the
+                gradient is asked for: besides each layer's input and output, memory for T / checkpoint states and
+                checkpoint steps instead of T (Chen et al. 2016, arXiv:1604.06174), for a third more time, and the same
+                bits.
+
+        Returns ``(y, state), pullback``. ``pullback(dy, dstate=None)`` takes the gradients of a loss by y and by the
+        state after the last step, shaped as they are (None for zeros), and returns ``dx, dstate_0, grads``: the
+        gradients by x, by the state before the first step, and by each parameter, a dict by name. It reads nothing
+        that later calls change: it may be called again, from any thread, and after the parameters have moved on.
+
+        Raises TypeError or ValueError for arrays of a wrong dtype or shape.
+        """
+        if rng is not None and not isinstance(rng, np.random.Generator):
+            raise TypeError(f"rng: expected a numpy.random.Generator, got {describe(rng)}")
+        x, before, batched = self._inputs(x, state)
+        B, sequences = x.shape[1], self._sequences(x, lengths)
+        if checkpoint is not None:
+            checkpoint = positive(checkpoint, "checkpoint")
+            x = x.copy()  # it is read again
+        masks = draw_masks(self, sequences, rng or self._rng)
+        packs = self._packs(save=True)
+        rows, after, backward = self._run(sequences.rows(x), before, sequences, masks, packs, True, checkpoint)
+        y = self._sequence(sequences.padded(rows), batched)
+        shape = y.shape
+
+        def pullback(dy: Array | None, dstate: Any = None) -> tuple[Array, Any, Gradients]:
+            if dy is None:
+                d = np.zeros((sequences.N, self.directions * self.cell.P), self.dtype)
+            else:
+                # With checkpoints the kernels take stretch after stretch: only that is copied, if it has to be.
+                check = as_checked if checkpoint else as_kernel_array
+                d = sequences.rows(self._time_first(check(dy, "dy", self.dtype, shape), batched))
+            sums: Sums = {}
+            d, d_before = backward(d, self._state_arrays(dstate, "dstate", B, batched), sums)
+            return self._sequence(sequences.padded(d), batched), self._state(d_before, batched), self._named(sums)
+
+        return (y, self._state(after, batched)), pullback
+
+    def _run(
+        self,
+        x: Array,
+        before: tuple[Array, ...],
+        sequences: Sequences,
+        masks: Masks,
+        packs: Packs,
+        save: bool,
+        checkpoint: int | None = None,
+    ) -> tuple[Array, tuple[Array, ...], Any]:
+        """Run all layers over rows x (N, I). Returns y, the state after it, and if ``save`` the backward pass.
+
+        That takes dy, the gradient by the state after it, and the sums of gradients by weights, to which it adds its
+        own; it returns dx and the gradient by the state before it.
+        """
+        P, D = self.cell.P, self.directions
+        after = tuple([np.empty_like(s) for s in before])
+        run = self._run_direction if checkpoint is None else partial(self._run_stretches, checkpoint)
+        backwards = {}
+        for k in range(self.num_layers):
+            if ("dropout", k) in masks:
+                x = x * masks[("dropout", k)]
+            ys = []
+            for d in range(D):
+                states = [sequences.sorted(s[k * D + d]) for s in before], [s[k * D + d] for s in after]
+                x_d, y = sequences.reversed(x) if d else x, np.empty((sequences.N, P), self.dtype)
+                backwards[k, d] = run((k, d), x_d, y, *states, sequences, masks, packs[k, d], save)
+                ys.append(sequences.reversed(y) if d else y)
+            x = ys[0] if D == 1 else np.concatenate(ys, 1)
+
+        def backward(dy: Array, d_after: tuple[Array, ...], sums: Sums) -> tuple[Array, tuple[Array, ...]]:
+            d_before = tuple([np.empty_like(s) for s in d_after])
+            for k in reversed(range(self.num_layers)):
+                dxs = []
+                for d in range(D):
+                    states = [sequences.sorted(s[k * D + d]) for s in d_after], [s[k * D + d] for s in d_before]
+                    dy_d = dy if D == 1 else np.ascontiguousarray(dy[:, d * P : (d + 1) * P])
+                    dx = backwards[k, d](sequences.reversed(dy_d) if d else dy_d, *states, sums)
+                    dxs.append(sequences.reversed(dx) if d else dx)
+                dy = dxs[0] if D == 1 else dxs[0] + dxs[1]
+                if ("dropout", k) in masks:
+                    dy = dy * masks[("dropout", k)]
+            return dy, d_before
+
+        return x, after, backward
+
+    def _run_direction(
+        self,
+        key: Key,
+        x: Array,
+        y: Array,
+        before: list[Array],
+        after: list[Array],
+        sequences: Sequences,
+        masks: Masks,
+        packs: tuple[Any, Any],
+        save: bool,
+    ) -> Any:
+        """Run one direction of a layer. Writes ``y, after``. Returns the backward pass, if ``save``."""
+        cell, dtype, functions, (N, I), B = self.cell, self.dtype, self.kernels, x.shape, sequences.B
+        if N == 0:
+            for state, s_0 in zip(after, before):
+                sequences.unsorted(s_0, state)
+            return partial(self._backward_of_nothing, key, I, sequences)
+        if self.layer_norm:
+            return layer_norm.run_direction(self, key, x, y, before, after, sequences, masks, packs, save)
+        steps, chunks = sequences.steps, sequences.chunks(ROWS_FORWARD if B > 1 else ROWS_FORWARD_ALONE)
+        work = N * cell.gates * cell.H * (I + cell.P)
+        parties = batching.parties_for(work, B, cell.H, dtype)
+        size = buffer_size(cell, N, B, I, sequences.largest(chunks), LANES_OF[dtype], save, parties)
+        buffer, multiply = batching.empty(size, dtype), multiply_address(dtype)
+        mask_arrays = None
+        given = [masks.get((name, *key)) for name in ("recurrent", "zoneout_h", "zoneout_s")]
+        if cell.P != cell.H or any(mask is not None for mask in given):
+            mask_arrays = cells.Masks(*[np.empty((0, 0), dtype) if mask is None else mask for mask in given])
+        h_0, s_0, s_n = before[0], before[-1], np.empty((B, cell.H), dtype)
+
+        def call(me: int, parties: int, barrier: Array) -> None:
+            functions.forward(
+                self.record, x, h_0, s_0, packs[0], y, s_n, buffer, steps, chunks, mask_arrays, save,
+                sequences.share(me, parties, cell.H, dtype), barrier, multiply,
+            )  # fmt: skip
+
+        batching.together(parties, call)
+        sequences.unsorted(sequences.last(y, h_0), after[0])
+        if self.STATES == 2:
+            sequences.unsorted(s_n, after[1])
+        if not save:
+            return None
+
+        def backward(dy: Array, d_after: list[Array], d_before: list[Array], sums: Sums) -> Array:
+            backs = sequences.chunks(ROWS_BACKWARD)
+            parties = batching.parties_for(2 * work, B, cell.H, dtype)
+            # Two buffers, so that one is filled while another thread still reads the other.
+            buffers, L = min(parties, 2), LANES_OF[dtype]
+            size = bptt.work_layout.py_func(cell, B, sequences.largest(backs), buffers, VECS * L, L).size
+            space, fresh = batching.empty(size, dtype), key not in sums
+            out = self._gradients(sums, key, N, B, I)
+            dh_n, ds_n = d_after[0], d_after[-1] if self.STATES == 2 else out.s_0
+
+            def call(me: int, parties: int, barrier: Array) -> None:
+                functions.backward(
+                    self.record, dy, dh_n, ds_n, packs[1], buffer, out, space, buffers, steps, chunks, backs,
+                    mask_arrays, fresh, sequences.share(me, parties, cell.H, dtype), barrier, multiply,
+                )  # fmt: skip
+
+            batching.together(parties, call)
+            for d_state, d in zip(d_before, (out.h_0, out.s_0)):
+                sequences.unsorted(d, d_state)
+            return out.x
+
+        return backward
+
+    def _run_stretches(
+        self,
+        checkpoint: int,
+        key: Key,
+        x: Array,
+        y: Array,
+        before: list[Array],
+        after: list[Array],
+        sequences: Sequences,
+        masks: Masks,
+        packs: tuple[Any, Any],
+        save: bool,
+    ) -> Any:
+        """As `_run_direction`, of so many steps at a time, which are run again when the backward pass comes to them."""
+        state, stretches = before, []
+        for part, first, last in sequences.stretches(checkpoint):
+            part_masks = {
+                name: m[first:last] if len(m) == sequences.N and name[0] != "recurrent" else m
+                for name, m in masks.items()
+            }
+            arguments = key, x[first:last], y[first:last], state
+            state = [np.empty_like(s) for s in state]
+            self._run_direction(*arguments, state, part, part_masks, packs, False)
+            stretches.append((first, last, arguments, (part, part_masks, packs, True)))
+        for s_n, s in zip(after, state):
+            sequences.unsorted(s, s_n)
+
+        def backward(dy: Array, d_after: list[Array], d_before: list[Array], sums: Sums) -> Array:
+            dx, d_state = np.empty_like(x), d_after
+            for first, last, (key, x_part, y_part, state), rest in reversed(stretches):
+                again = self._run_direction(
+                    key, x_part, np.empty_like(y_part), state, [np.empty_like(s) for s in state], *rest
+                )
+                d_next, d_state = d_state, [np.empty_like(s) for s in d_state]
+                dx[first:last] = again(np.ascontiguousarray(dy[first:last]), d_next, d_state, sums)
+            for d_0, d in zip(d_before, d_state):
+                sequences.unsorted(d, d_0)
+            return dx
+
+        return backward
+
+    def _gradients(self, sums: Sums, key: Key, N: int, B: int, I: int) -> Any:
+        """Arrays for a direction's gradients; those by weights are ``sums``' own, of which there may be none yet."""
+        if self.layer_norm:
+            return layer_norm.gradients(self, sums, key, N, B, I)
+        cell, dtype, L = self.cell, self.dtype, LANES_OF[self.dtype]
+        H, P, U = cell.H, cell.P, -(-cell.H // L)
+        if key not in sums:
+            sums[key] = [
+                np.empty((cell.gates * H, I), dtype),
+                np.empty((cell.gates * H, P), dtype),
+                np.empty((P, H) if P != H else (0, 0), dtype),
+                np.empty((-(-U // cell.spread), VECS * L), dtype),
+                np.empty((3, U * L) if cell.peephole else (0, 0), dtype),
+            ]
+        rows, h_0, s_0 = np.empty((N, I), dtype), np.empty((B, P), dtype), np.empty((B, H), dtype)
+        return bptt.Gradients(rows, h_0, s_0, *sums[key])
+
+    def _backward_of_nothing(
+        self, key: Key, I: int, sequences: Sequences, dy: Array, d_after: Any, d_before: Any, sums: Sums
+    ) -> Array:
+        """The backward pass over no rows."""
+        for d_state, d in zip(d_before, d_after):
+            sequences.unsorted(d, d_state)
+        if key not in sums:
+            for array in self._gradients(sums, key, 0, 0, I)[3:]:
+                array[...] = 0
+        return np.empty((0, I), self.dtype)
+
+    def _named(self, sums: Sums) -> Gradients:
+        """Gradients by the parameters' names, from what the kernels write."""
+        if self.layer_norm:
+            return layer_norm.named(self, sums)
+        cell = self.cell
+        named: Gradients = {}
+        for k, d in self._keys():
+            w_ih, w_hh, w_hr, b, peepholes = sums[k, d]
+            slots = b.reshape(len(b) * cell.spread, VECS // cell.spread, -1).swapaxes(0, 1)
+            slots = slots.reshape(len(slots), -1)[:, : cell.H]
+            given = {"weight_ih": w_ih, "weight_hh": w_hh, "weight_hr": w_hr}
+            for name, windows in ("bias_ih", [cell.x]), ("bias_hh", [cell.h, cell.again]):
+                bias = np.empty((cell.gates, cell.H), self.dtype)
+                for window in windows:
+                    for j in range(window.count):
+                        bias[(j + window.rotate) % cell.gates] = slots[window.slot + j]
+                given[name] = bias.ravel()
+            given |= {f"weight_c{gate}": row[: cell.H].copy() for gate, row in zip("ifo", peepholes)}
+            named |= {self._name(kind, k, d): given[kind] for kind, _ in self._kinds(self._inputs_of(k))}
+        return named
+
+    def _step(self, x: Array, before: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
+        """One step of all layers, of one direction, on the calling thread. x (B, I). Returns y (B, P) and the state."""
+        after = tuple([s.copy() for s in before])
+        work = np.empty(step_size(self.cell, len(x), LANES_OF[self.dtype]), self.dtype)
+        self.kernels.step(self.packed, steps.State(after[0], after[-1], work), x)
+        return after[0][-1].copy(), after
+
+    def _expected_masks(self) -> Masks:
+        """What stands for the masks when nothing is drawn: zoneout's probabilities, one row for all."""
+        sizes = {"zoneout_h": (self.zoneout[0], self.cell.P), "zoneout_s": (self.zoneout[-1], self.cell.H)}
+        keys = self._keys() if any(self.zoneout) else ()
+        return {(name, *key): np.full((1, n), p, self.dtype) for key in keys for name, (p, n) in sizes.items()}
+
+
+def masks(layer: Recurrent, T: int, B: int, rng: np.random.Generator) -> Masks:
+    """The masks that `vjp` draws for T steps of B sequences, by kind, layer and direction, (T, B, features).
+
+    Those of recurrent dropout are (B, features). Steps are those of the direction: the reverse one's first is the last.
+    """
+    drawn: Masks = {}
+    P, zoned = layer.cell.P, any(layer.zoneout)
+    for k, d in layer._keys():
+        if layer.dropout and k > 0 and d == 0:
+            drawn["dropout", k] = dropout_mask((T, B, layer.directions * P), layer.dropout, rng, layer.dtype)
+        if layer.recurrent_dropout:
+            drawn["recurrent", k, d] = dropout_mask((B, P), layer.recurrent_dropout, rng, layer.dtype)
+        for name, p, size in zip(("zoneout_h", "zoneout_c"), layer.zoneout if zoned else (), (P, layer.cell.H)):
+            drawn[name, k, d] = (rng.random((T, B, size), np.float32) < p).astype(layer.dtype)
+    return drawn
+
+
+def draw_masks(layer: Recurrent, sequences: Sequences, rng: np.random.Generator) -> Masks:
+    """The masks for a `vjp` as the kernels read them."""
+    drawn = masks(layer, sequences.T, sequences.B, rng)
+    drawn = {name: sequences.rows(m) if m.ndim == 3 else sequences.sorted(m) for name, m in drawn.items()}
+    # The state s of a GRU is h.
+    zone_s = {
+        ("zoneout_s", *name[1:]): m for name, m in drawn.items() if name[0] == f"zoneout_{'hc'[layer.STATES - 1]}"
+    }
+    return drawn | zone_s
+
+
+@lru_cache(1024)
+def step_size(cell: cells.Cell, B: int, L: int) -> int:
+    return steps.step_size.py_func(cell, B, VECS * L, L)
+
+
+@lru_cache(1024)
+def buffer_size(cell: cells.Cell, N: int, B: int, I: int, rows: int, L: int, save: bool, parties: int) -> int:
+    return cells.layout.py_func(cell, N, B, I, rows, VECS * L, L, save, parties).size
+
+
+def dropout_mask(shape: tuple[int, ...], probability: float, rng: np.random.Generator, dtype: np.dtype) -> Array:
+    """0 at random, and elsewhere what keeps the mean."""
+    return (rng.random(shape, np.float32) >= probability) * dtype.type(1 / (1 - probability))
+
+
+def drop(x: Array, probability: float, rng: np.random.Generator) -> tuple[Array, Callable[[Array], Array]]:
+    """``x`` with elements set to 0 at random and the others scaled up to keep the mean, and the pullback."""
+    mask = dropout_mask(x.shape, probability, rng, x.dtype)
+    return x * mask, lambda dy: dy * mask

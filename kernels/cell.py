@@ -1,0 +1,203 @@
+"""What a cell is, its weights and its buffers: the terms of the loops in `recurrent` and `bptt`; and packing.
+
+A cell is a `Cell`, which says how its gates lie in memory, and its gate math, which it hands to the loops as functions
+of one vector of units (`lstm`, `gru` and `rnn` each have theirs):
+
+    advance(cell, extra, u, a, s, save) -> h, s
+        one step of units u L to (u + 1) L of one sequence, whose gates' sums lie at ``a``, slot after slot; s is the
+        state that a unit carries beside the product (the LSTM's c; the GRU's is h itself). If ``save``, the sums are
+        replaced by what `retreat` needs.
+    retreat(cell, extra, u, a, d, s, dh, ds, n) -> dh_before, ds_before
+        its gradient, from that by the new h and s, and what `advance` left at ``a``. That by the sums of each gate, n
+        of them, is written to ``d``; dh_before leaves out what reaches h through the sums.
+    reset(a, h) -> r * h,  reset_backward(a, d, h, drh, n) -> dh_before
+        of the GRU of 2014, whose candidate's sums take up W_hn (r * h): the other gates, and their gradient; of other
+        cells None.
+
+Sizes: T steps, N rows in all (a row is one step of one sequence), B sequences, I inputs, H units, P outputs (H, but
+for an LSTM with a projection); ``L`` numbers are a vector, ``W = 4 L`` the width of a panel, ``U = ceil(H / L)``, ``G``
+the panels of gates, ``PI, PH, PP`` the panels of I, H and P columns.
+
+Sequences stand side by side, the longest first: step t has rows steps[t] to steps[t + 1], one for each sequence that
+is as long. Buffers are C-contiguous arrays of one dtype; all belong to the caller, and nothing is allocated here.
+
+    x (N, I), y (N, P)            the rows in and out
+    h_0 (B, P), s_0, s_n (B, H)   states; h_n are the last rows of y
+    steps int64 (T + 1)           where each step's rows begin, and N
+    chunks, backs int64           the first step of each chunk of the forward and the backward pass, and T
+    packed                        the weights, as `pack_forward` and `pack_backward` make them
+    buffer                        workspace, or what `forward` saves for `backward`: the parts below (`layout`)
+      s (U, B, L)                 the running state s
+      hm (2, B, P)                h times the recurrent mask, of every other step
+      m (2, B, H)                 r * h; and h as it comes from `advance`, if something is yet to be done to it
+      ss (U, N, L)                s before each row
+      xs (PI, N W), hs (PP, N W)  x, and h as it went into the product, in panels, the last row first
+      ms (PH, N W)                likewise r * h, or h before its projection
+      gates (G N W)               chunk after chunk, each in panels (G, its rows, W); or only room for the largest
+                                  chunk, for each party, and of a single sequence for two
+
+Masks. ``masks.h`` (B, P), or empty, multiplies h before the recurrent product. ``masks.zone_h`` (N or 1, P) and
+``zone_s`` (N or 1, H), or empty, say how much of the old state stays: h = z h' + (1 - z) h. With neither of them, nor a
+projection, ``masks`` is None, and less is compiled.
+
+Threads. ``share = (b0, b1, u0, u1, me, parties)`` is what a call does: rows b0 to b1 of the batch and units u0 L to
+u1 L, as number ``me`` of ``parties`` calls that run at once and meet at ``barrier`` (`barrier.meet`). Shares cut either
+the batch or the units (at multiples of W), not both. The bits do not depend on the cut.
+
+``multiply`` is `gemm.multiply_address` of the dtype.
+"""
+
+from collections import namedtuple
+
+import numpy as np
+
+from .compiler import kernel, part
+from .gemm import WHOLE, Window, pack, pack_transposed, panels
+from .tile import VECS, at, lanes, width
+
+# gates: how many the weights have. slots: how many vectors a vector of units has in memory. spread: how many vectors
+# of units share a panel: 1 or, if they have one slot each, `VECS`. x, h: the gates that W_ih and W_hh add to; again:
+# that which W_hh adds to with r * h. carries: whether there is a state s. peephole, clip, coupled: the LSTM's options.
+# kind: the RNN's nonlinearity.
+Cell = namedtuple("Cell", "H P gates slots spread x h again carries peephole clip coupled kind")
+
+# As kernels take a cell: an array of one record, for Numba unpacks it faster than a tuple.
+_WINDOW = [(name, np.int64) for name in Window._fields]
+_FIELDS = {"x": _WINDOW, "h": _WINDOW, "again": _WINDOW, "clip": np.float64}
+RECORD = np.dtype([(name, _FIELDS.get(name, np.int64)) for name in Cell._fields])
+
+Masks = namedtuple("Masks", "h zone_h zone_s")
+
+
+@part
+def geometry(cell, address):
+    """``W, L, U, G, units``: units are those of a panel of gates."""
+    W, L = width(address), lanes(address)
+    U = (cell.H + L - 1) // L
+    return W, L, U, U if cell.spread == 1 else (U + VECS - 1) // VECS, cell.spread * L
+
+
+@part
+def place(cell, base, slab, u, row):
+    """The address of the first slot of vector u of units, in panels of gates ``slab`` apart."""
+    W, L = width(base), lanes(base)
+    if cell.spread == 1:
+        return at(base, u * slab + row * W)
+    return at(base, u // VECS * slab + row * W + u % VECS * L)
+
+
+@part
+def packed_layout(cell, I, W, L):
+    """Where zeros, bias, W_ih, W_hh, the weights of the second product and the peepholes begin, and the size."""
+    U = (cell.H + L - 1) // L
+    G, units = U if cell.spread == 1 else (U + VECS - 1) // VECS, cell.spread * L
+    w_ih = W + G * W
+    w_hh = w_ih + G * cell.x.count * units * I
+    again = w_hh + G * cell.h.count * units * cell.P
+    extra = again + G * cell.again.count * units * cell.H
+    if cell.P != cell.H:
+        extra = again + -(-cell.P // W) * W * cell.H
+    return 0, W, w_ih, w_hh, again, extra, extra + (3 * U * L if cell.peephole else 0)
+
+
+@kernel
+def pack_forward(cells, w_ih, w_hh, b_ih, b_hh, w_hr, peepholes, out):
+    """Pack the weights for `forward` and `step`; out is written. w_hr (P, H) and peepholes (3, H) may be empty."""
+    cell = cells[0]
+    I, H, P = w_ih.shape[1], cell.H, cell.P
+    W, L, U, _, units = geometry(cell, at(out, 0))
+    _, at_bias, at_ih, at_hh, at_again, at_extra, _ = packed_layout(cell, I, W, L)
+    for i in range(at_ih):
+        out[i] = 0
+    for j in range(H):
+        target = place(cell, at(out, at_bias), W, j // L, 0)
+        for g in range(cell.x.count):
+            target[(cell.x.slot + g) * L + j % L] += b_ih[(g + cell.x.rotate) % cell.gates * H + j]
+        for g in range(cell.h.count):
+            target[(cell.h.slot + g) * L + j % L] += b_hh[(g + cell.h.rotate) % cell.gates * H + j]
+        for g in range(cell.again.count):
+            target[(cell.again.slot + g) * L + j % L] += b_hh[(g + cell.again.rotate) % cell.gates * H + j]
+    pack(at(w_ih, 0), cell.x, cell.gates, units, H, I, at(out, at_ih))
+    pack(at(w_hh, 0), cell.h, cell.gates, units, H, P, at(out, at_hh))
+    if cell.again.count > 0:
+        pack(at(w_hh, 0), cell.again, cell.gates, units, H, H, at(out, at_again))
+    if cell.P != cell.H:
+        pack(at(w_hr, 0), WHOLE, 1, W, P, H, at(out, at_again))
+    for i in range(3 * U * L if cell.peephole else 0):
+        out[at_extra + i] = peepholes[i // (U * L), i % (U * L)] if i % (U * L) < H else 0
+
+
+@part
+def packed_back_layout(cell, I, W, L):
+    """Where zeros, W_hh, W_ih, the weights of the second product and the peepholes begin, and the size."""
+    U = (cell.H + L - 1) // L
+    G, units = U if cell.spread == 1 else (U + VECS - 1) // VECS, cell.spread * L
+    w_ih = W + -(-cell.P // W) * W * G * cell.h.count * units
+    again = w_ih + -(-I // W) * W * G * cell.x.count * units
+    extra = again + -(-cell.H // W) * W * G * cell.again.count * units
+    if cell.P != cell.H:
+        extra = again + -(-cell.H // W) * W * (-(-cell.P // W) * W)
+    return 0, W, w_ih, again, extra, extra + (3 * U * L if cell.peephole else 0)
+
+
+@kernel
+def pack_backward(cells, w_ih, w_hh, w_hr, peepholes, out):
+    """Pack the weights for `backward`; out is written."""
+    cell = cells[0]
+    I, H, P = w_ih.shape[1], cell.H, cell.P
+    W, L, U, _, units = geometry(cell, at(out, 0))
+    _, at_hh, at_ih, at_again, at_extra, _ = packed_back_layout(cell, I, W, L)
+    for j in range(W):
+        out[j] = 0
+    pack_transposed(at(w_hh, 0), cell.h, cell.gates, units, H, P, at(out, at_hh))
+    pack_transposed(at(w_ih, 0), cell.x, cell.gates, units, H, I, at(out, at_ih))
+    if cell.again.count > 0:
+        pack_transposed(at(w_hh, 0), cell.again, cell.gates, units, H, H, at(out, at_again))
+    if cell.P != cell.H:
+        pack_transposed(at(w_hr, 0), WHOLE, 1, W, P, H, at(out, at_again))
+    for i in range(3 * U * L if cell.peephole else 0):
+        out[at_extra + i] = peepholes[i // (U * L), i % (U * L)] if i % (U * L) < H else 0
+
+
+Layout = namedtuple("Layout", "s hm m ss xs hs ms gates size")
+
+
+@part
+def layout(cell, N, B, I, rows, W, L, save, parties):
+    """Where the parts of the buffer begin, and its size for so many parties. rows: of the largest chunk."""
+    H, P = cell.H, cell.P
+    U = (H + L - 1) // L
+    G = U if cell.spread == 1 else (U + VECS - 1) // VECS
+    PI, PH, PP = (I + W - 1) // W, (H + W - 1) // W, (P + W - 1) // W
+    hm = U * B * L
+    m = hm + (2 * B * P + L - 1) // L * L
+    ss = m + (2 * B * H + L - 1) // L * L
+    xs = ss + (U * N * L if save and cell.carries else 0)
+    hs = xs + (PI * N * W if save else 0)
+    ms = hs + (PP * N * W if save else 0)
+    gates = ms + (PH * N * W if save and (P != H or cell.again.count > 0) else 0)
+    size = gates + G * W * (N if save else parties * rows if B > 1 else 2 * rows)
+    return Layout(0, hm, m, ss, xs, hs, ms, gates, size)
+
+
+@part
+def largest(steps, chunks):
+    """The rows of the largest chunk."""
+    most = 0
+    for q in range(len(chunks) - 1):
+        most = max(most, steps[chunks[q + 1]] - steps[chunks[q]])
+    return most
+
+
+@part
+def outputs_of(cell, share, address):
+    """The vectors of y, of which there are as many as of units but where h is projected, that a share does."""
+    _, _, u0, u1, me, parties = share
+    _, L, U, _, _ = geometry(cell, address)
+    if cell.P == cell.H:
+        return u0, u1
+    vectors = (cell.P + L - 1) // L
+    if u1 - u0 == U:
+        return 0, vectors
+    PP = panels(cell.P, address)
+    return min(vectors, me * PP // parties * VECS), min(vectors, (me + 1) * PP // parties * VECS)

@@ -1,0 +1,255 @@
+"""The loop over a sequence that all cells share, and one step of a stack. `cell` describes cells, buffers and sizes.
+
+The input's share of the gates needs no recurrence: it is computed for a chunk of steps at once, in tall tiles.
+"""
+
+from collections import namedtuple
+
+from .barrier import meet
+from .cell import geometry, largest, layout, outputs_of, packed_layout, place
+from .compiler import part
+from .gemm import Left, Panels, load, pack_rows, panels, product, product_of_row, store
+from .tile import RIDER_ROWS, ROW_PANELS, VECS, at, row_and_tile_product
+
+
+@part
+def forward(
+    cell, advance, reset, x, h_0, s_0, packed, y, s_n, buffer, steps, chunks, masks, save, share, barrier, multiply
+):
+    """``y, s_n``: the cell over a sequence, saving for `backward` if ``save``. y, s_n and buffer are written."""
+    B, I, H, P = len(h_0), x.shape[1], cell.H, cell.P
+    T, N = len(steps) - 1, len(x)
+    b0, b1, u0, u1, me, parties = share
+    W, L, U, G, units = geometry(cell, at(x, 0))
+    most = largest(steps, chunks)
+    where = layout(cell, N, B, I, most, W, L, save, 1)
+    gates, s, ss = at(buffer, where.gates), at(buffer, where.s), at(buffer, where.ss)
+    hm, m, hs, ms = at(buffer, where.hm), at(buffer, where.m), at(buffer, where.hs), at(buffer, where.ms)
+    _, at_bias, at_ih, at_hh, at_again, at_extra, _ = packed_layout(cell, I, W, L)
+    x_wide, h_wide = cell.x.count * units, cell.h.count * units
+    bias, extra = at(packed, at_bias), at(packed, at_extra)
+    w_ih, w_hh = Panels(at(packed, at_ih), I * x_wide, x_wide), Panels(at(packed, at_hh), P * h_wide, h_wide)
+    cut = u1 - u0 < U
+    if masks is not None:
+        masked, zoned, projected = masks.h.size > 0, masks.zone_h.size > 0, P != H
+        zone_h_row, zone_s_row = P if len(masks.zone_h) > 1 else 0, H if len(masks.zone_s) > 1 else 0
+    g0, g1 = (u0, u1) if cell.spread == 1 else (u0 // VECS, (u1 + VECS - 1) // VECS)
+    v0, v1 = outputs_of(cell, share, at(x, 0))
+
+    if save:
+        r0, r1 = me * N // parties, (me + 1) * N // parties
+        pack_rows(r1 - r0, I, at(x, r0 * I), Panels(at(buffer, where.xs + (N - 1 - r0) * W), N * W, -W))
+    for b in range(me * B // parties, (me + 1) * B // parties):
+        for j in range(0, P, L):
+            h = load(at(h_0, b * P + j), P - j)
+            if masks is not None:
+                if masked:
+                    h = h * load(at(masks.h, b * P + j), P - j)
+                    store(h, at(hm, b * P + j), P - j)
+            if save and b < steps[1]:
+                store(h, at(hs, j // W * N * W + (N - 1 - b) * W + j % W), L)
+    if cell.carries:
+        for u in range(u0, u1):
+            for b in range(b0, b1):
+                store(load(at(s_0, b * H + u * L), H - u * L), at(s, (u * B + b) * L), L)
+    if masks is not None:
+        meet(barrier, parties)
+
+    ahead = 0
+    for q in range(len(chunks) - 1):
+        first, last = chunks[q], chunks[q + 1]
+        base, rows = steps[first], steps[last] - steps[first]
+        # All rows of the chunk at once, or step by step if other parties have some of the batch.
+        whole = b1 - b0 == B
+        half = q % 2 * most if B == 1 else 0 if whole else me * most
+        chunk_gates, slab = at(gates, (base if save else half) * G * W), rows * W
+        for g in range(g0, g1):
+            for t in range(first, first + 1 if whole else last):
+                r0 = steps[t] + b0 + ahead
+                r1 = steps[last] if whole else min(steps[t] + b1, steps[t + 1])
+                start = Panels(at(bias, cell.x.slot * L), W, 0)
+                target = Panels(at(chunk_gates, (r0 - base) * W + cell.x.slot * L), slab, W)
+                left = Left(at(x, r0 * I), I, 1, 1, 0)
+                product(multiply, g, g + 1, x_wide, U * L * cell.x.count, r1 - r0, start, target, left, w_ih, I)
+                for slot in range(cell.x.slot + cell.x.count, cell.slots):
+                    for r in range(r0 - ahead - base, r1 - base):
+                        store(load(at(bias, g * W + slot * L), L), at(chunk_gates, g * slab + r * W + slot * L), L)
+
+        # A single sequence waits for W_hh to be read. Meanwhile, tile by tile, it does part of the next chunk's input.
+        rider, riders, next_slab, ahead = 0, 0, 0, 0
+        next_gates, next_x, vecs = chunk_gates, at(x, 0), x_wide // L
+        tiles = (g1 - g0) * vecs
+        if B == 1 and last < T and x_wide == h_wide and vecs >= 3:
+            next_n = chunks[q + 2] - last
+            next_gates = at(gates, (last if save else most - half) * G * W)
+            next_x, next_slab = at(x, last * I), next_n * W
+            blocks = min(next_n // RIDER_ROWS, rows * ((g1 - g0) // ROW_PANELS) // max(1, tiles))
+            riders, ahead = blocks * tiles, blocks * RIDER_ROWS
+
+        for t in range(first, last):
+            row = steps[t]
+            r0, r1 = b0, min(b1, steps[t + 1] - row)
+            n_next = steps[t + 2] - steps[t + 1] if t + 1 < T else 0
+            mirror, mirror_next = N - 1 - row, N - 1 - steps[t + 1]  # rows, the last one first
+            h_before = at(h_0, 0) if t == 0 else at(y, steps[t - 1] * P)
+            h = h_before
+            if masks is not None:
+                h = at(hm, t % 2 * B * P) if masked else h_before
+            g_t = at(chunk_gates, (row - base) * W)
+            target = Panels(at(g_t, r0 * W + cell.h.slot * L), slab, W)
+            left = Left(at(h, r0 * P), P, 1, 1, 0)
+            if reset is not None:
+                product(multiply, g0, g1, h_wide, U * L * cell.h.count, r1 - r0, target, target, left, w_hh, P)
+                for u in range(u0, u1):
+                    for b in range(r0, r1):
+                        rh = reset(place(cell, g_t, slab, u, b), load(at(h, b * H + u * L), H - u * L))
+                        store(rh, at(m, b * H + u * L), H - u * L)
+                        if save:
+                            store(rh, at(ms, u // VECS * N * W + (mirror - b) * W + u % VECS * L), L)
+                if cut:
+                    meet(barrier, parties)
+                target = Panels(at(g_t, r0 * W + cell.again.slot * L), slab, W)
+                left = Left(at(m, r0 * H), H, 1, 1, 0)
+            # Every other step goes backwards: the weights read last are still in the nearest cache, and read first.
+            stride = ROW_PANELS if r1 - r0 == 1 else 1
+            for v in range(g0, g1 if r0 < r1 else g0, stride):
+                lo = v if t % 2 == 0 else max(g0, g1 - stride - (v - g0))
+                hi = min(v + stride, g1) if t % 2 == 0 else g1 - (v - g0)
+                if reset is not None:
+                    again = Panels(at(packed, at_again), H * units, units)
+                    product(multiply, lo, hi, units, U * L, r1 - r0, target, target, left, again, H)
+                elif rider < riders and hi - lo == ROW_PANELS:
+                    g, j, r = g0 + rider // vecs % (g1 - g0), rider % vecs * L, rider // tiles * RIDER_ROWS
+                    slot = g * W + cell.x.slot * L + j
+                    row_and_tile_product(
+                        vecs, at(g_t, lo * slab + cell.h.slot * L), slab, h, at(w_hh.address, lo * w_hh.panel),
+                        w_hh.panel, w_hh.row, P, at(bias, slot), at(next_gates, slot + g * (next_slab - W) + r * W), W,
+                        at(next_x, r * I), I, at(w_ih.address, g * w_ih.panel + j), I,
+                    )  # fmt: skip
+                    rider += 1
+                else:
+                    product(multiply, lo, hi, h_wide, U * L * cell.h.count, r1 - r0, target, target, left, w_hh, P)
+                for u in range(lo * cell.spread, min(hi * cell.spread, U)):
+                    n, in_panel = H - u * L, u // VECS * N * W + u % VECS * L
+                    for b in range(r0, r1):
+                        s_at = at(s, (u * B + b) * L)
+                        s_before = load(s_at, L)
+                        h_t, s_t = advance(cell, extra, u, place(cell, g_t, slab, u, b), s_before, save)
+                        if masks is not None:
+                            if zoned:
+                                z = load(at(masks.zone_s, (row + b) * zone_s_row + u * L), n)
+                                s_t = z * s_before + (1.0 - z) * s_t
+                        if cell.carries:
+                            store(s_t, s_at, L)
+                            if save:
+                                store(s_before, at(ss, (u * N + row + b) * L), L)
+                        if masks is None:
+                            store(h_t, at(y, (row + b) * H + u * L), n)
+                            if save and b < n_next:
+                                store(h_t, at(hs, in_panel + (mirror_next - b) * W), L)
+                        else:
+                            store(h_t, at(m, (B + b) * H + u * L), n)
+                            if save and projected:
+                                store(h_t, at(ms, in_panel + (mirror - b) * W), L)
+
+            if masks is not None:
+                if projected:
+                    if cut:
+                        meet(barrier, parties)
+                    w_hr, left = Panels(at(packed, at_again), H * W, W), Left(at(m, (B + r0) * H), H, 1, 1, 0)
+                    start, target = Panels(at(packed, 0), 0, 0), Panels(at(y, (row + r0) * P), W, P)
+                    product(multiply, v0 // VECS, -(-v1 // VECS), W, P, r1 - r0, start, target, left, w_hr, H)
+                for v in range(v0, v1):
+                    n = P - v * L
+                    for b in range(r0, r1):
+                        y_at = at(y, (row + b) * P + v * L)
+                        h_t = load(y_at if projected else at(m, (B + b) * H + v * L), n)
+                        if zoned:
+                            z = load(at(masks.zone_h, (row + b) * zone_h_row + v * L), n)
+                            h_t = z * load(at(h_before, b * P + v * L), n) + (1.0 - z) * h_t
+                        store(h_t, y_at, n)
+                        if masked:
+                            h_t = h_t * load(at(masks.h, b * P + v * L), n)
+                            store(h_t, at(hm, ((t + 1) % 2 * B + b) * P + v * L), n)
+                        if save and b < n_next:
+                            store(h_t, at(hs, v // VECS * N * W + (mirror_next - b) * W + v % VECS * L), L)
+            if cut:
+                meet(barrier, parties)
+
+    if cell.carries:
+        for u in range(u0, u1):
+            for b in range(b0, b1):
+                store(load(at(s, (u * B + b) * L), L), at(s_n, b * H + u * L), H - u * L)
+    meet(barrier, parties)
+
+
+# For `step`: what a stack of layers of one direction, one cell, is, and its state. Arrays but for ``multiply``.
+#   cells (1)                        the cell, as a `RECORD`
+#   offsets int64 (num_layers)       where each layer's weights begin among
+#   weights                          what `pack_forward` makes of each
+#   h (num_layers, B, P), s (num_layers, B, H)    of a cell without a state of its own s is h
+#   work (`step_size`)               workspace
+Packed = namedtuple("Packed", "cells offsets weights multiply")
+State = namedtuple("State", "h s work")
+
+
+@part
+def step_size(cell, B, W, L):
+    """The size of the workspace for `step`: gates (G, B, W) and m (B, H)."""
+    U = (cell.H + L - 1) // L
+    G = U if cell.spread == 1 else (U + VECS - 1) // VECS
+    return G * B * W + B * cell.H
+
+
+@part
+def step(advance, reset, packed, state, x):
+    """One step of a stack of layers for a batch. x (B, I) is read, and of ``state`` all is written.
+
+    The output is the last layer's h, ``state.h[-1]``.
+    """
+    (B, I), cell = x.shape, packed.cells[0]
+    H, P, multiply = cell.H, cell.P, packed.multiply
+    W, L, U, G, units = geometry(cell, at(x, 0))
+    gates, m = at(state.work, 0), at(state.work, G * B * W)
+    x_wide, h_wide = cell.x.count * units, cell.h.count * units
+    x_k = at(x, 0)
+    for k in range(len(packed.offsets)):
+        weights, h, s = at(packed.weights, packed.offsets[k]), at(state.h, k * B * P), at(state.s, k * B * H)
+        _, at_bias, at_ih, at_hh, at_again, at_extra, _ = packed_layout(cell, I, W, L)
+        bias, extra = at(weights, at_bias), at(weights, at_extra)
+        w_ih, w_hh = Panels(at(weights, at_ih), I * x_wide, x_wide), Panels(at(weights, at_hh), P * h_wide, h_wide)
+        start, target = Panels(at(bias, cell.x.slot * L), W, 0), Panels(at(gates, cell.x.slot * L), B * W, W)
+        target_h = Panels(at(gates, cell.h.slot * L), B * W, W)
+        if B == 1:
+            product_of_row(0, G, x_wide, U * L * cell.x.count, start, target, x_k, w_ih, I)
+            for slot in range(cell.x.slot + cell.x.count, cell.slots):
+                for g in range(G):
+                    store(load(at(bias, g * W + slot * L), L), at(gates, g * W + slot * L), L)
+            product_of_row(0, G, h_wide, U * L * cell.h.count, target_h, target_h, h, w_hh, P)
+        else:
+            product(multiply, 0, G, x_wide, U * L * cell.x.count, B, start, target, Left(x_k, I, 1, 1, 0), w_ih, I)
+            for slot in range(cell.x.slot + cell.x.count, cell.slots):
+                for i in range(G * B):
+                    store(load(at(bias, i // B * W + slot * L), L), at(gates, i * W + slot * L), L)
+            from_h = Left(h, P, 1, 1, 0)
+            product(multiply, 0, G, h_wide, U * L * cell.h.count, B, target_h, target_h, from_h, w_hh, P)
+        if reset is not None:
+            for u in range(U):
+                for b in range(B):
+                    n, here = H - u * L, b * H + u * L
+                    store(reset(place(cell, gates, B * W, u, b), load(at(h, here), n)), at(m, here), n)
+            w_again, target = Panels(at(weights, at_again), H * units, units), Panels(at(gates, 0), B * W, W)
+            product(multiply, 0, G, units, U * L, B, target, target, Left(m, H, 1, 1, 0), w_again, H)
+        h_new = h if P == H else m
+        for u in range(U):
+            n = H - u * L
+            for b in range(B):
+                here = b * H + u * L
+                h_t, s_t = advance(cell, extra, u, place(cell, gates, B * W, u, b), load(at(s, here), n), False)
+                store(s_t, at(s, here), n)
+                store(h_t, at(h_new, here), n)
+        if P != H:
+            w_hr, nothing = Panels(at(weights, at_again), H * W, W), Panels(weights, 0, 0)
+            PP = panels(P, weights)
+            product(multiply, 0, PP, W, P, B, nothing, Panels(h, W, P), Left(m, H, 1, 1, 0), w_hr, H)
+        x_k, I = h, P
