@@ -196,8 +196,8 @@ class LSTM(Recurrent):
         )  # fmt: skip
         super().__init__(
             input_size, H, num_layers, bias, batch_first, dropout, bidirectional, recurrent_dropout, zoneout,
-            dtype, seed, proj_size=proj_size, peephole=peephole, cell_clip=cell_clip, coupled=coupled,
-            layer_norm=layer_norm,
+            dtype, seed, proj_size=self.proj_size, peephole=self.peephole, cell_clip=self.cell_clip, coupled=self.coupled,
+            layer_norm=self.layer_norm,
         )  # fmt: skip
 
     @property
@@ -270,7 +270,7 @@ class GRU(Recurrent):
         self.cell = Cell(H, H, 3, slots, 1, Window(0, 3, 2), h, again, True, False, 0.0, False, 0)
         super().__init__(
             input_size, H, num_layers, bias, batch_first, dropout, bidirectional, recurrent_dropout, zoneout,
-            dtype, seed, reset_after=reset_after, layer_norm=layer_norm,
+            dtype, seed, reset_after=self.reset_after, layer_norm=self.layer_norm,
         )  # fmt: skip
 
     @property

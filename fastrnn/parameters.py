@@ -215,7 +215,9 @@ class Module:
 
         An existing file is replaced only once the new one is whole.
         """
-        write_file(path, self.parameters, {"fastrnn": json.dumps({"class": type(self).__name__, **self.config})})
+        # A function is saved by its name only.
+        config = json.dumps({"class": type(self).__name__, **self.config}, default=str)
+        write_file(path, self.parameters, {"fastrnn": config})
 
     def load(self, path: str | os.PathLike[str]) -> "Self":
         """Take the parameters from a safetensors file and return the module.

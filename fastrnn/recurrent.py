@@ -105,7 +105,7 @@ class Recurrent(Module):
             "bidirectional": self.bidirectional,
             **options,
             "recurrent_dropout": self.recurrent_dropout,
-            "zoneout": zoneout,
+            "zoneout": self.zoneout[0] if len(set(self.zoneout)) == 1 else self.zoneout,
             "dtype": self.dtype.name,
         }
         self._rng = np.random.default_rng(as_seed(seed))
@@ -121,10 +121,10 @@ class Recurrent(Module):
 
     def _zoneout(self, zoneout: Any) -> tuple[float, ...]:
         """The probability for each state."""
-        if isinstance(zoneout, (tuple, list)) and len(zoneout) == self.STATES:
+        if self.STATES == 2 and isinstance(zoneout, (tuple, list)):
+            if len(zoneout) != 2:
+                raise ValueError(f"zoneout: expected a number or two, for h and c, got {describe(zoneout)}")
             return tuple(probability(p, "zoneout") for p in zoneout)
-        if isinstance(zoneout, (tuple, list)):
-            raise ValueError(f"zoneout: expected a number or one for each of {self.STATES} states, got {zoneout}")
         return (probability(zoneout, "zoneout"),) * self.STATES
 
     @property
@@ -355,7 +355,7 @@ class Recurrent(Module):
                 checkpoint steps instead of T (Chen et al. 2016, arXiv:1604.06174), for a third more time, and the same
                 bits.
 
-        Returns ``(y, state), pullback``. ``pullback(dy, dstate=None)`` takes the gradients of a loss by y and by the
+        Returns ``(y, state), pullback``. ``pullback(dy=None, dstate=None)`` takes the gradients of a loss by y and by the
         state after the last step, shaped as they are (None for zeros), and returns ``dx, dstate_0, grads``: the
         gradients by x, by the state before the first step, and by each parameter, a dict by name. It reads nothing
         that later calls change: it may be called again, from any thread, and after the parameters have moved on.
@@ -375,7 +375,7 @@ class Recurrent(Module):
         y = self._sequence(sequences.padded(rows), batched)
         shape = y.shape
 
-        def pullback(dy: Array | None, dstate: Any = None) -> tuple[Array, Any, Gradients]:
+        def pullback(dy: Array | None = None, dstate: Any = None) -> tuple[Array, Any, Gradients]:
             if dy is None:
                 d = np.zeros((sequences.N, self.directions * self.cell.P), self.dtype)
             else:
