@@ -143,7 +143,7 @@ def peak_of_multiply_adds():
     W, M, K, repeats = tile.VECS * tile.LANES_OF[np.dtype(np.float32)], 8 * tile.ROWS, 512, 500
     rng, sizes = np.random.default_rng(0), (W, M * K, K * W, M * W)
     buffers = [[rng.standard_normal(n, np.float32) for n in sizes] for _ in range(THREADS)]
-    pool, multiply = ThreadPoolExecutor(THREADS), gemm.multiply_address(np.dtype(np.float32))
+    pool, multiply = ThreadPoolExecutor(THREADS), gemm.multiply_addresses(np.dtype(np.float32))
     run = lambda own: tile_products(multiply, repeats, M, K, *own)  # noqa: E731
     peak = Implementation("peak", "", lambda: list(pool.map(run, buffers)))
     peak.call()  # compiles

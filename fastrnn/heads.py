@@ -8,7 +8,7 @@ import numpy as np
 from . import batching
 from .checks import as_array, as_indices, as_kernel_array, as_seed, flag, float_dtype, positive
 from .kernels import linear as kernels
-from .kernels.gemm import multiply_address
+from .kernels.gemm import multiply_addresses
 from .kernels.tile import LANES_OF, VECS
 from .parameters import Array, Module, Parameters, read_only
 
@@ -150,7 +150,7 @@ class Linear(Module):
 
     def _forward(self, x: Array, save: bool) -> tuple[Array, Array]:
         M, W = len(x), VECS * LANES_OF[self.dtype]
-        packed, multiply = self.parameters.derived("forward", self._pack_forward), multiply_address(self.dtype)
+        packed, multiply = self.parameters.derived("forward", self._pack_forward), multiply_addresses(self.dtype)
         y = np.empty((M, self.out_features), self.dtype)
         xs = batching.empty(self._panels(self.in_features) * M * W if save else 0, self.dtype)
 
@@ -176,7 +176,7 @@ class Linear(Module):
         """
         x, shape = self._rows(x, "x")
         y, xs = self._forward(x, save=True)
-        packed, multiply = self.parameters.derived("backward", self._pack_backward), multiply_address(self.dtype)
+        packed, multiply = self.parameters.derived("backward", self._pack_backward), multiply_addresses(self.dtype)
         M = len(x)
 
         def pullback(dy: Array) -> tuple[Array, dict[str, Array]]:

@@ -15,7 +15,7 @@ from .batching import Sequences
 from .kernels import layer_norm as kernels
 from .kernels import linear
 from .kernels.cell import Masks
-from .kernels.gemm import multiply_address
+from .kernels.gemm import multiply_addresses
 from .kernels.tile import LANES_OF, VECS
 from .parameters import Array, read_only
 
@@ -93,7 +93,7 @@ def run_direction(
     """As the method, over at least one row."""
     cell, dtype, (N, I), B, W = layer.cell, layer.dtype, x.shape, sequences.B, VECS * LANES_OF[layer.dtype]
     H, P, M, functions = cell.H, cell.P, cell.gates * cell.H, LSTM if layer.STATES == 2 else GRU
-    steps, multiply, chunks = sequences.steps, multiply_address(dtype), sequences.chunks(ROWS_FORWARD)
+    steps, multiply, chunks = sequences.steps, multiply_addresses(dtype), sequences.chunks(ROWS_FORWARD)
     given = [masks.get((name, *key)) for name in ("recurrent", "zoneout_h", "zoneout_s")]
     mask_arrays = Masks(*[np.empty((0, 0), dtype) if mask is None else mask for mask in given])
     work = N * M * (I + P)

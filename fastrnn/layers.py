@@ -1,7 +1,6 @@
 """The recurrent layers: RNN, LSTM and GRU. What they share is in `fastrnn.recurrent`."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +17,7 @@ from .recurrent import Gradients, Pullback, Recurrent, drop, masks
 
 __all__ = ["GRU", "LSTM", "RNN", "Gradients", "Pullback", "Recurrent", "drop", "masks"]
 
+RNN_OF = SimpleNamespace(forward=rnn_kernels.forward_of, backward=rnn_kernels.backward_of, step=rnn_kernels.step_of)
 LSTM_WITH_OPTIONS = SimpleNamespace(
     forward=lstm_kernels.forward_with_options,
     backward=lstm_kernels.backward_with_options,
@@ -87,10 +87,11 @@ class RNN(Recurrent):
         seed: int | None = None,
     ):
         self.nonlinearity = nonlinearity
-        kind = rnn_kernels.OTHER
         if isinstance(nonlinearity, str) and nonlinearity in NONLINEARITIES:
-            kind = NONLINEARITIES[nonlinearity]
-        elif not (isinstance(nonlinearity, tuple) and len(nonlinearity) == 2 and all(map(is_jitted, nonlinearity))):
+            kind: Any = NONLINEARITIES[nonlinearity]
+        elif isinstance(nonlinearity, tuple) and len(nonlinearity) == 2 and all(map(is_jitted, nonlinearity)):
+            kind = (rnn_kernels.OTHER, *nonlinearity)
+        else:
             raise ValueError(
                 f"nonlinearity: expected one of {', '.join(NONLINEARITIES)} or a pair of functions compiled by "
                 f"numba.njit, got {describe(nonlinearity)}"
@@ -104,14 +105,7 @@ class RNN(Recurrent):
 
     @property
     def kernels(self) -> Any:
-        if self.cell.kind != rnn_kernels.OTHER:
-            return rnn_kernels
-        functions = (rnn_kernels.OTHER, *self.nonlinearity)
-        return SimpleNamespace(
-            forward=partial(rnn_kernels.forward_of, functions),
-            backward=partial(rnn_kernels.backward_of, functions),
-            step=partial(rnn_kernels.step_of, functions),
-        )
+        return RNN_OF if isinstance(self.nonlinearity, tuple) else rnn_kernels
 
 
 class LSTM(Recurrent):
@@ -196,8 +190,8 @@ class LSTM(Recurrent):
         )  # fmt: skip
         super().__init__(
             input_size, H, num_layers, bias, batch_first, dropout, bidirectional, recurrent_dropout, zoneout,
-            dtype, seed, proj_size=self.proj_size, peephole=self.peephole, cell_clip=self.cell_clip, coupled=self.coupled,
-            layer_norm=self.layer_norm,
+            dtype, seed, proj_size=self.proj_size, peephole=self.peephole, cell_clip=self.cell_clip,
+            coupled=self.coupled, layer_norm=self.layer_norm,
         )  # fmt: skip
 
     @property

@@ -29,7 +29,7 @@ from .checks import (
 from .kernels import bptt
 from .kernels import cell as cells
 from .kernels import recurrent as steps
-from .kernels.gemm import multiply_address
+from .kernels.gemm import multiply_addresses
 from .kernels.tile import LANES_OF, ROW_PANELS, VECS
 from .parameters import Array, Module, Parameters, read_only
 
@@ -83,7 +83,10 @@ class Recurrent(Module):
         seed: int | None,
         **options: Any,
     ):
-        self.record = np.array([self.cell], cells.RECORD)
+        # As kernels take the cell: a record; or, with functions in it, a tuple.
+        self.record: Any = (self.cell,)
+        if not isinstance(self.cell.kind, tuple):
+            self.record = np.array([self.cell], cells.RECORD)
         self.input_size = positive(input_size, "input_size")
         self.hidden_size = positive(hidden_size, "hidden_size")
         self.num_layers = positive(num_layers, "num_layers")
@@ -186,7 +189,7 @@ class Recurrent(Module):
         for w, first, last in zip(weights.values(), offsets, offsets[1:]):
             biases = w.bias_ih, w.bias_hh
             cells.pack_forward(
-                self.record, w.weight_ih, w.weight_hh, *biases, w.weight_hr, w.peepholes, packed[first:last]
+                self.cell, w.weight_ih, w.weight_hh, *biases, w.weight_hr, w.peepholes, packed[first:last]
             )
         return packed, offsets
 
@@ -199,7 +202,7 @@ class Recurrent(Module):
         L = LANES_OF[self.dtype]
         size = cells.packed_back_layout.py_func(self.cell, w.weight_ih.shape[1], VECS * L, L)[-1]
         packed = batching.empty(size, self.dtype)
-        cells.pack_backward(self.record, w.weight_ih, w.weight_hh, w.weight_hr, w.peepholes, packed)
+        cells.pack_backward(self.cell, w.weight_ih, w.weight_hh, w.weight_hr, w.peepholes, packed)
         return packed
 
     def _packs(self, save: bool) -> Packs:
@@ -210,6 +213,11 @@ class Recurrent(Module):
         make = {key: partial(self._pack_backward, *key) for key in packs}
         derived = self.parameters.derived
         return {key: (pack, derived(("backward", *key), make[key]) if save else pack) for key, pack in packs.items()}
+
+    @property
+    def multiply(self) -> tuple[int, int]:
+        """The addresses of what the kernels call, in this process."""
+        return multiply_addresses(self.dtype, 3 in (self.cell.x.count, self.cell.h.count))
 
     @property
     def steps_in_place(self) -> bool:
@@ -235,7 +243,7 @@ class Recurrent(Module):
 
     def _make_packed(self) -> steps.Packed:
         packed, offsets = self.parameters.derived("forward", self._pack_all)
-        return steps.Packed(self.record, np.array(offsets[:-1], np.int64), packed, multiply_address(self.dtype))
+        return steps.Packed(self.record, np.array(offsets[:-1], np.int64), packed, self.multiply)
 
     def new_state(self, batch_size: int = 1) -> steps.State:
         """A state of zeros, with workspace, that `fastrnn.kernels`' functions ``step`` change in place.
@@ -355,8 +363,8 @@ class Recurrent(Module):
                 checkpoint steps instead of T (Chen et al. 2016, arXiv:1604.06174), for a third more time, and the same
                 bits.
 
-        Returns ``(y, state), pullback``. ``pullback(dy=None, dstate=None)`` takes the gradients of a loss by y and by the
-        state after the last step, shaped as they are (None for zeros), and returns ``dx, dstate_0, grads``: the
+        Returns ``(y, state), pullback``. ``pullback(dy=None, dstate=None)`` takes the gradients of a loss by y and by
+        the state after the last step, shaped as they are (None for zeros), and returns ``dx, dstate_0, grads``: the
         gradients by x, by the state before the first step, and by each parameter, a dict by name. It reads nothing
         that later calls change: it may be called again, from any thread, and after the parameters have moved on.
 
@@ -457,8 +465,9 @@ class Recurrent(Module):
         steps, chunks = sequences.steps, sequences.chunks(ROWS_FORWARD if B > 1 else ROWS_FORWARD_ALONE)
         work = N * cell.gates * cell.H * (I + cell.P)
         parties = batching.parties_for(work, B, cell.H, dtype)
-        size = buffer_size(cell, N, B, I, sequences.largest(chunks), LANES_OF[dtype], save, parties)
-        buffer, multiply = batching.empty(size, dtype), multiply_address(dtype)
+        most = sequences.largest(chunks)
+        size = buffer_size(cell, N, B, I, most, LANES_OF[dtype], save, parties)
+        buffer, multiply = batching.empty(size, dtype), self.multiply
         mask_arrays = None
         given = [masks.get((name, *key)) for name in ("recurrent", "zoneout_h", "zoneout_s")]
         if cell.P != cell.H or any(mask is not None for mask in given):
@@ -467,7 +476,7 @@ class Recurrent(Module):
 
         def call(me: int, parties: int, barrier: Array) -> None:
             functions.forward(
-                self.record, x, h_0, s_0, packs[0], y, s_n, buffer, steps, chunks, mask_arrays, save,
+                self.record, x, h_0, s_0, packs[0], y, s_n, buffer, steps, chunks, most, mask_arrays, save,
                 sequences.share(me, parties, cell.H, dtype), barrier, multiply,
             )  # fmt: skip
 
@@ -483,14 +492,15 @@ class Recurrent(Module):
             parties = batching.parties_for(2 * work, B, cell.H, dtype)
             # Two buffers, so that one is filled while another thread still reads the other.
             buffers, L = min(parties, 2), LANES_OF[dtype]
-            size = bptt.work_layout.py_func(cell, B, sequences.largest(backs), buffers, VECS * L, L).size
+            most = sequences.largest(backs)
+            size = bptt.work_layout.py_func(cell, B, most, buffers, VECS * L, L)[-1]
             space, fresh = batching.empty(size, dtype), key not in sums
             out = self._gradients(sums, key, N, B, I)
             dh_n, ds_n = d_after[0], d_after[-1] if self.STATES == 2 else out.s_0
 
             def call(me: int, parties: int, barrier: Array) -> None:
                 functions.backward(
-                    self.record, dy, dh_n, ds_n, packs[1], buffer, out, space, buffers, steps, chunks, backs,
+                    self.record, dy, dh_n, ds_n, packs[1], buffer, out, space, buffers, steps, chunks, backs, most,
                     mask_arrays, fresh, sequences.share(me, parties, cell.H, dtype), barrier, multiply,
                 )  # fmt: skip
 
@@ -640,7 +650,7 @@ def step_size(cell: cells.Cell, B: int, L: int) -> int:
 
 @lru_cache(1024)
 def buffer_size(cell: cells.Cell, N: int, B: int, I: int, rows: int, L: int, save: bool, parties: int) -> int:
-    return cells.layout.py_func(cell, N, B, I, rows, VECS * L, L, save, parties).size
+    return cells.layout.py_func(cell, N, B, I, rows, VECS * L, L, save, parties)[-1]
 
 
 def dropout_mask(shape: tuple[int, ...], probability: float, rng: np.random.Generator, dtype: np.dtype) -> Array:

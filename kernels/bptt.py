@@ -7,7 +7,7 @@ Every number of a gradient by weights is one sum over the rows, the last one fir
 from collections import namedtuple
 
 from .barrier import meet
-from .cell import geometry, largest, layout, outputs_of, packed_back_layout, place
+from .cell import geometry, layout, outputs_of, packed_back_layout, place
 from .compiler import part
 from .gemm import WHOLE, Left, Panels, load, panels, product, store, zeros
 from .tile import VECS, at, lanes, width
@@ -48,12 +48,9 @@ def _column_sums(d, slab, rows, G, sums, fresh, me, parties):
         store(t_3, at(total, 3 * L), L)
 
 
-Work = namedtuple("Work", "d dp dh direct dm ds size")
-
-
 @part
 def work_layout(cell, B, rows, buffers, W, L):
-    """Where the parts of `backward`'s workspace begin, and its size. rows: of the largest chunk."""
+    """Where d, dp, dh, direct, dm and ds begin in `backward`'s workspace, and its size. rows: of the largest chunk."""
     U = (cell.H + L - 1) // L
     G = U if cell.spread == 1 else (U + VECS - 1) // VECS
     PH, PP = (cell.H + W - 1) // W, (cell.P + W - 1) // W
@@ -62,18 +59,18 @@ def work_layout(cell, B, rows, buffers, W, L):
     direct = dh + PP * B * W
     dm = direct + PP * B * W
     ds = dm + (PH * B * W if cell.P != cell.H or cell.again.count > 0 else 0)
-    return Work(0, dp, dh, direct, dm, ds, ds + U * B * L)
+    return 0, dp, dh, direct, dm, ds, ds + U * B * L
 
 
 Gradients = namedtuple("Gradients", "x h_0 s_0 w_ih w_hh w_hr b peepholes")
 
 
-@part
+# In the template below these are each cell's own: see `compiler.specialise`.
+retreat = reset_backward = peephole_sums = None
+
+
 def backward(
-    cell,
-    retreat,
-    reset_backward,
-    peephole_sums,
+    cells,
     dy,
     dh_n,
     ds_n,
@@ -85,6 +82,7 @@ def backward(
     steps,
     chunks,
     backs,
+    most,
     masks,
     fresh,
     share,
@@ -93,7 +91,8 @@ def backward(
 ):
     """Backpropagation through time. ``buffer``, as `forward` saved it, is read, and may be read again.
 
-    dy (N, P), dh_n (B, P), ds_n (B, H): gradients by the outputs; packed: from `pack_backward`.
+    dy (N, P), dh_n (B, P), ds_n (B, H): gradients by the outputs; packed: as `cell.pack_backward` makes it; most: the
+    rows of the largest of ``backs``.
     Written: ``d_out``, the gradients by x (N, I), h_0 (B, P), s_0 (B, H), the weights, as they are shaped, the bias
     (G W), in panels as the gates, and the peepholes (3, U L), those by weights added to unless ``fresh``; and ``work``
     (`work_layout`), the parts of which are
@@ -103,15 +102,16 @@ def backward(
       dh, direct (PP, B, W)              the running gradient by h, and the part of it that does not come through sums
       dm (PH, B, W), ds (U, B, L)        the gradients by m and s
     """
+    cell = cells[0]
     B, I, H, P = len(dh_n), d_out.x.shape[1], cell.H, cell.P
     T, N = len(steps) - 1, len(dy)
     b0, b1, u0, u1, me, parties = share
     W, L, U, G, units = geometry(cell, at(dy, 0))
     PP, PI = panels(P, at(dy, 0)), panels(I, at(dy, 0))
-    where, most = layout(cell, N, B, I, 0, W, L, True, 1), largest(steps, backs)
-    gates, ss = at(buffer, where.gates), at(buffer, where.ss)
-    there = work_layout(cell, B, most, buffers, W, L)
-    dh, direct, dm, ds = at(work, there.dh), at(work, there.direct), at(work, there.dm), at(work, there.ds)
+    _, _, _, at_ss, at_xs, at_hs, at_ms, at_gates, _ = layout(cell, N, B, I, 0, W, L, True, 1)
+    gates, ss = at(buffer, at_gates), at(buffer, at_ss)
+    _, at_dp, at_dh, at_direct, at_dm, at_ds, _ = work_layout(cell, B, most, buffers, W, L)
+    dh, direct, dm, ds = at(work, at_dh), at(work, at_direct), at(work, at_dm), at(work, at_ds)
     _, at_hh, at_ih, at_again, at_extra, _ = packed_back_layout(cell, I, W, L)
     x_wide, h_wide, extra = cell.x.count * units, cell.h.count * units, at(packed, at_extra)
     w_hh, w_ih = Panels(at(packed, at_hh), G * h_wide * W, W), Panels(at(packed, at_ih), G * x_wide * W, W)
@@ -135,14 +135,14 @@ def backward(
             store(zero, at(work, (i // most * G + G - 1) * slab + i % most * W + j), L)
     for i in range(buffers * most if me == 0 and P != H else 0):
         for j in range(0, W, L):
-            store(zero, at(work, there.dp + (i // most * PP + PP - 1) * slab + i % most * W + j), L)
+            store(zero, at(work, at_dp + (i // most * PP + PP - 1) * slab + i % most * W + j), L)
     meet(barrier, parties)
 
     flip, chunk = 0, len(chunks) - 2
     for q in range(len(backs) - 2, -1, -1):
         first, last = backs[q], backs[q + 1]
         rows = steps[last] - steps[first]
-        d, dp = at(work, flip * G * slab), at(work, there.dp + flip * PP * slab)
+        d, dp = at(work, flip * G * slab), at(work, at_dp + flip * PP * slab)
         for t in range(last - 1, first - 1, -1):
             while chunks[chunk] > t:
                 chunk -= 1
@@ -236,8 +236,8 @@ def backward(
         for p in range(PI):
             product(multiply, p, p + 1, W, I, r1 - r0, nothing, target, left, w_ih, x_wide)
         start = (N - steps[last]) * W
-        xs = Panels(at(buffer, where.xs + start), N * W, W)
-        hs, ms = Panels(at(buffer, where.hs + start), N * W, W), Panels(at(buffer, where.ms + start), N * W, W)
+        xs = Panels(at(buffer, at_xs + start), N * W, W)
+        hs, ms = Panels(at(buffer, at_hs + start), N * W, W), Panels(at(buffer, at_ms + start), N * W, W)
         new = fresh and last == T
         _weight_gradient(
             at(d, cell.x.slot * L), slab, rows, H, cell.x, cell.gates, units, I, xs, at(d_out.w_ih, 0),

@@ -44,7 +44,7 @@ Threads. ``share = (b0, b1, u0, u1, me, parties)`` is what a call does: rows b0 
 u1 L, as number ``me`` of ``parties`` calls that run at once and meet at ``barrier`` (`barrier.meet`). Shares cut either
 the batch or the units (at multiples of W), not both. The bits do not depend on the cut.
 
-``multiply`` is `gemm.multiply_address` of the dtype.
+``multiply`` are `gemm.multiply_addresses` of the dtype.
 """
 
 from collections import namedtuple
@@ -52,8 +52,8 @@ from collections import namedtuple
 import numpy as np
 
 from .compiler import kernel, part
-from .gemm import WHOLE, Window, pack, pack_transposed, panels
-from .tile import VECS, at, lanes, width
+from .gemm import Window, pack, pack_transposed, panels
+from .tile import LANES_OF, VECS, at, lanes, width
 
 # gates: how many the weights have. slots: how many vectors a vector of units has in memory. spread: how many vectors
 # of units share a panel: 1 or, if they have one slot each, `VECS`. x, h: the gates that W_ih and W_hh add to; again:
@@ -100,31 +100,37 @@ def packed_layout(cell, I, W, L):
     return 0, W, w_ih, w_hh, again, extra, extra + (3 * U * L if cell.peephole else 0)
 
 
+def pack_forward(cell, w_ih, w_hh, b_ih, b_hh, w_hr, peepholes, out):
+    """Pack the weights for `recurrent`; out is written. w_hr (P, H) and peepholes (3, H) may be empty."""
+    L, H = LANES_OF[out.dtype], cell.H
+    W, units = VECS * L, cell.spread * L
+    _, at_bias, at_ih, at_hh, at_again, at_extra, _ = packed_layout.py_func(cell, w_ih.shape[1], W, L)
+    out[:at_ih] = 0
+    slots = out[at_bias:at_ih].reshape(-1, VECS // cell.spread, L)
+    for window, bias in (cell.x, b_ih), (cell.h, b_hh), (cell.again, b_hh):
+        for j in range(window.count):
+            g = (j + window.rotate) % cell.gates
+            slots[:, window.slot + j] += _padded(bias[g * H : g * H + H], len(slots) * L).reshape(-1, L)
+    pack_weight(w_ih, cell.x.count, cell.x.rotate, cell.gates, units, H, out[at_ih:at_hh])
+    pack_weight(w_hh, cell.h.count, cell.h.rotate, cell.gates, units, H, out[at_hh:at_again])
+    if cell.again.count:
+        pack_weight(w_hh, cell.again.count, cell.again.rotate, cell.gates, units, H, out[at_again:at_extra])
+    if cell.P != H:
+        pack_weight(w_hr, 1, 0, 1, W, cell.P, out[at_again:at_extra])
+    if cell.peephole:
+        out[at_extra:] = np.concatenate([_padded(p, -(-H // L) * L) for p in peepholes])
+
+
+def _padded(numbers, count):
+    padded = np.zeros(count, numbers.dtype)
+    padded[: len(numbers)] = numbers
+    return padded
+
+
 @kernel
-def pack_forward(cells, w_ih, w_hh, b_ih, b_hh, w_hr, peepholes, out):
-    """Pack the weights for `forward` and `step`; out is written. w_hr (P, H) and peepholes (3, H) may be empty."""
-    cell = cells[0]
-    I, H, P = w_ih.shape[1], cell.H, cell.P
-    W, L, U, _, units = geometry(cell, at(out, 0))
-    _, at_bias, at_ih, at_hh, at_again, at_extra, _ = packed_layout(cell, I, W, L)
-    for i in range(at_ih):
-        out[i] = 0
-    for j in range(H):
-        target = place(cell, at(out, at_bias), W, j // L, 0)
-        for g in range(cell.x.count):
-            target[(cell.x.slot + g) * L + j % L] += b_ih[(g + cell.x.rotate) % cell.gates * H + j]
-        for g in range(cell.h.count):
-            target[(cell.h.slot + g) * L + j % L] += b_hh[(g + cell.h.rotate) % cell.gates * H + j]
-        for g in range(cell.again.count):
-            target[(cell.again.slot + g) * L + j % L] += b_hh[(g + cell.again.rotate) % cell.gates * H + j]
-    pack(at(w_ih, 0), cell.x, cell.gates, units, H, I, at(out, at_ih))
-    pack(at(w_hh, 0), cell.h, cell.gates, units, H, P, at(out, at_hh))
-    if cell.again.count > 0:
-        pack(at(w_hh, 0), cell.again, cell.gates, units, H, H, at(out, at_again))
-    if cell.P != cell.H:
-        pack(at(w_hr, 0), WHOLE, 1, W, P, H, at(out, at_again))
-    for i in range(3 * U * L if cell.peephole else 0):
-        out[at_extra + i] = peepholes[i // (U * L), i % (U * L)] if i % (U * L) < H else 0
+def pack_weight(w, count, rotate, gates, units, H, out):
+    """As `gemm.pack`. w: (gates H, K)."""
+    pack(at(w, 0), Window(0, count, rotate), gates, units, H, w.shape[1], at(out, 0))
 
 
 @part
@@ -140,31 +146,34 @@ def packed_back_layout(cell, I, W, L):
     return 0, W, w_ih, again, extra, extra + (3 * U * L if cell.peephole else 0)
 
 
+def pack_backward(cell, w_ih, w_hh, w_hr, peepholes, out):
+    """Pack the weights for `bptt`; out is written."""
+    L, H = LANES_OF[out.dtype], cell.H
+    W, units = VECS * L, cell.spread * L
+    _, at_hh, at_ih, at_again, at_extra, _ = packed_back_layout.py_func(cell, w_ih.shape[1], W, L)
+    out[:at_hh] = 0
+    pack_weight_transposed(w_hh, cell.h.count, cell.h.rotate, cell.gates, units, H, out[at_hh:at_ih])
+    pack_weight_transposed(w_ih, cell.x.count, cell.x.rotate, cell.gates, units, H, out[at_ih:at_again])
+    if cell.again.count:
+        pack_weight_transposed(w_hh, cell.again.count, cell.again.rotate, cell.gates, units, H, out[at_again:at_extra])
+    if cell.P != H:
+        pack_weight_transposed(w_hr, 1, 0, 1, W, cell.P, out[at_again:at_extra])
+    if cell.peephole:
+        out[at_extra:] = np.concatenate([_padded(p, -(-H // L) * L) for p in peepholes])
+
+
 @kernel
-def pack_backward(cells, w_ih, w_hh, w_hr, peepholes, out):
-    """Pack the weights for `backward`; out is written."""
-    cell = cells[0]
-    I, H, P = w_ih.shape[1], cell.H, cell.P
-    W, L, U, _, units = geometry(cell, at(out, 0))
-    _, at_hh, at_ih, at_again, at_extra, _ = packed_back_layout(cell, I, W, L)
-    for j in range(W):
-        out[j] = 0
-    pack_transposed(at(w_hh, 0), cell.h, cell.gates, units, H, P, at(out, at_hh))
-    pack_transposed(at(w_ih, 0), cell.x, cell.gates, units, H, I, at(out, at_ih))
-    if cell.again.count > 0:
-        pack_transposed(at(w_hh, 0), cell.again, cell.gates, units, H, H, at(out, at_again))
-    if cell.P != cell.H:
-        pack_transposed(at(w_hr, 0), WHOLE, 1, W, P, H, at(out, at_again))
-    for i in range(3 * U * L if cell.peephole else 0):
-        out[at_extra + i] = peepholes[i // (U * L), i % (U * L)] if i % (U * L) < H else 0
-
-
-Layout = namedtuple("Layout", "s hm m ss xs hs ms gates size")
+def pack_weight_transposed(w, count, rotate, gates, units, H, out):
+    """As `gemm.pack_transposed`. w: (gates H, N)."""
+    pack_transposed(at(w, 0), Window(0, count, rotate), gates, units, H, w.shape[1], at(out, 0))
 
 
 @part
 def layout(cell, N, B, I, rows, W, L, save, parties):
-    """Where the parts of the buffer begin, and its size for so many parties. rows: of the largest chunk."""
+    """Where s, hm, m, ss, xs, hs, ms and gates begin in the buffer, and its size for so many parties.
+
+    rows: of the largest chunk.
+    """
     H, P = cell.H, cell.P
     U = (H + L - 1) // L
     G = U if cell.spread == 1 else (U + VECS - 1) // VECS
@@ -177,16 +186,7 @@ def layout(cell, N, B, I, rows, W, L, save, parties):
     ms = hs + (PP * N * W if save else 0)
     gates = ms + (PH * N * W if save and (P != H or cell.again.count > 0) else 0)
     size = gates + G * W * (N if save else parties * rows if B > 1 else 2 * rows)
-    return Layout(0, hm, m, ss, xs, hs, ms, gates, size)
-
-
-@part
-def largest(steps, chunks):
-    """The rows of the largest chunk."""
-    most = 0
-    for q in range(len(chunks) - 1):
-        most = max(most, steps[chunks[q + 1]] - steps[chunks[q]])
-    return most
+    return 0, hm, m, ss, xs, hs, ms, gates, size
 
 
 @part

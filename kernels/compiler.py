@@ -1,6 +1,7 @@
 """The decorators of every kernel: the one place that owns compile options and the cache."""
 
 import hashlib
+import types
 from pathlib import Path
 
 import numba
@@ -52,6 +53,19 @@ def _or_nothing(load_index):
             return {}
 
     return load
+
+
+def specialise(template, module, name, cache=True, forceinline=False, **names):
+    """A kernel from a function's code, with other functions for some global names in it; it is ``name`` of ``module``.
+
+    Compiled once, where a function called with functions as arguments would be compiled, and then its caller again;
+    and cached, which Numba does not do with closures that hold functions.
+    """
+    function = types.FunctionType(template.__code__, {**template.__globals__, **names}, name)
+    function.__module__, function.__doc__ = module, template.__doc__
+    # Numba's cache tells functions apart by file, line and this name.
+    function.__qualname__ = f"{module.rpartition('.')[2]}_{name}"
+    return kernel(function, cache=cache, forceinline=forceinline)
 
 
 def address_of(dispatcher, signature):

@@ -11,10 +11,11 @@ from functools import lru_cache
 import numpy as np
 from numba import types
 
-from .compiler import address_of, kernel, part
+from .compiler import address_of, part, specialise
 from .tile import (
     ROW_PANELS,
     ROWS,
+    VECS,
     at,
     call,
     lanes,
@@ -24,6 +25,7 @@ from .tile import (
     store_part,
     store_whole,
     tile_product,
+    tile_product_of_three,
     transpose,
     width,
 )
@@ -73,7 +75,7 @@ def store(vector, address, n):
 def product(multiply, first, last, wide, N, M, start, target, left, packed, K):
     """``target = start + left @ packed`` for the panels ``first`` to ``last`` of a matrix of M rows, N columns.
 
-    multiply: `multiply_address` of the dtype.
+    multiply: `multiply_addresses` of the dtype.
     wide: columns of a panel, up to ``W``.
     start, target: `Panels`, which may be the same; target is written, nothing past column N.
     left: `Left`, M rows of ``left.blocks * K`` numbers.
@@ -82,7 +84,14 @@ def product(multiply, first, last, wide, N, M, start, target, left, packed, K):
     s = start.address, start.panel, start.row
     c = target.address, target.panel, target.row
     a = left.address, left.row, left.k, left.blocks, left.block
-    call(multiply, (first, last, wide, N, M, *s, *c, *a, packed.address, packed.panel, packed.row, K))
+    function = multiply[1] if wide == 3 * lanes(packed.address) else multiply[0]
+    call(function, (first, last, wide, N, M, *s, *c, *a, packed.address, packed.panel, packed.row, K))
+
+
+@part
+def _vectors(n, wide, L):
+    """The vectors of a tile for n columns of a panel."""
+    return 3 if wide == 3 * L else VECS if n > 2 * L else 2 if n > L else 1
 
 
 @part
@@ -101,7 +110,7 @@ def product_of_row(first, last, wide, N, start, target, left, packed, K):
     p = first
     while p < last:
         n = min(wide, N - p * wide)
-        vecs = (n + L - 1) // L
+        vecs = _vectors(n, wide, L)
         together = _together(min(last, N // wide) - p) if vecs >= 3 else 1
         row_product(
             1, vecs, together, together * wide if together > 1 else n,
@@ -111,7 +120,10 @@ def product_of_row(first, last, wide, N, start, target, left, packed, K):
         p += together
 
 
-@kernel(no_cpython_wrapper=True)
+# In the template below a tile of any width or, to compile less where it is not needed, of 3 vectors.
+tile = None
+
+
 def _multiply(
     first,
     last,
@@ -140,8 +152,8 @@ def _multiply(
     while p < last:
         s, s_step = at(start, p * s_panel), s_row
         c, c_step = at(target, p * c_panel), c_row
-        n = min(wide, N - p * wide)
-        vecs, together = (n + L - 1) // L, 1
+        n, together = min(wide, N - p * wide), 1
+        vecs = _vectors(n, wide, L)
         if M == 1 and vecs >= 3:
             together = _together(min(last, N // wide) - p)
         if together > 1:
@@ -152,17 +164,25 @@ def _multiply(
             rows = M - i if tiles == 1 else (M - i + tiles - 1) // tiles
             a = Left(at(left, i * a_row), a_row, a_k, blocks, block)
             si, ci = at(s, i * s_step), at(c, i * c_step)
-            tile_product(rows, vecs, together, n, si, s_step, ci, c_step, a, at(packed, p * p_panel), p_panel, p_row, K)
+            tile(rows, vecs, together, n, si, s_step, ci, c_step, a, at(packed, p * p_panel), p_panel, p_row, K)
             i += rows
         p += together
 
 
+_multiply_any = specialise(_multiply, __name__, "_multiply_any", tile=tile_product)
+_multiply_three = specialise(_multiply, __name__, "_multiply_three", tile=tile_product_of_three)
+
+
 @lru_cache(None)
-def multiply_address(dtype):
-    """What `product` calls for arrays of a NumPy dtype: an address, valid in this process."""
+def multiply_addresses(dtype, three=False):
+    """What `product` calls for arrays of a NumPy dtype: addresses, valid in this process.
+
+    The second one, for panels of three vectors, is 0 unless ``three``.
+    """
     n, number = types.int64, types.CPointer(types.float32 if dtype == np.float32 else types.float64)
     panels = (number, n, n)
-    return address_of(_multiply, types.void(n, n, n, n, n, *panels, *panels, number, n, n, n, n, *panels, n))
+    signature = types.void(n, n, n, n, n, *panels, *panels, number, n, n, n, n, *panels, n)
+    return address_of(_multiply_any, signature), address_of(_multiply_three, signature) if three else 0
 
 
 @part

@@ -10,9 +10,9 @@ Slots: n, r, z and, if the reset comes after it, the product W_hn h' + b_hn.
 
 from . import bptt, recurrent
 from .activations import sigmoid, tanh
-from .compiler import kernel, part
+from .compiler import part, specialise
 from .gemm import load, store
-from .tile import at, lanes
+from .tile import at, lanes, row_and_tile_product_of_three
 
 
 @part
@@ -40,22 +40,17 @@ def retreat(cell, extra, u, a, d, h_before, dh, ds, count):
     return dh * z, ds
 
 
-@kernel
-def forward(cells, *arguments):
-    """As `recurrent.forward`, s being h."""
-    recurrent.forward(cells[0], advance, None, *arguments)
-
-
-@kernel
-def backward(cells, *arguments):
-    """As `bptt.backward`, s being h."""
-    bptt.backward(cells[0], retreat, None, None, *arguments)
-
-
-@kernel(forceinline=True)
-def step(packed, state, x):
-    """As `recurrent.step`, s being h."""
-    recurrent.step(advance, None, packed, state, x)
+forward = specialise(
+    recurrent.forward,
+    __name__,
+    "forward",
+    advance=advance,
+    reset=None,
+    RIDER_VECS=3,
+    rider_product=row_and_tile_product_of_three,
+)
+backward = specialise(bptt.backward, __name__, "backward", retreat=retreat, reset_backward=None, peephole_sums=None)
+step = specialise(recurrent.step, __name__, "step", forceinline=True, advance=advance, reset=None)
 
 
 @part
@@ -95,19 +90,17 @@ def retreat_reset_before(cell, extra, u, a, d, h_before, dh, ds, count):
     return dh * z, ds
 
 
-@kernel
-def forward_reset_before(cells, *arguments):
-    """As `recurrent.forward`, s being h."""
-    recurrent.forward(cells[0], advance_reset_before, reset, *arguments)
-
-
-@kernel
-def backward_reset_before(cells, *arguments):
-    """As `bptt.backward`, s being h."""
-    bptt.backward(cells[0], retreat_reset_before, reset_backward, None, *arguments)
-
-
-@kernel(forceinline=True)
-def step_reset_before(packed, state, x):
-    """As `recurrent.step`, s being h."""
-    recurrent.step(advance_reset_before, reset, packed, state, x)
+forward_reset_before = specialise(
+    recurrent.forward, __name__, "forward_reset_before", advance=advance_reset_before, reset=reset
+)
+backward_reset_before = specialise(
+    bptt.backward,
+    __name__,
+    "backward_reset_before",
+    retreat=retreat_reset_before,
+    reset_backward=reset_backward,
+    peephole_sums=None,
+)
+step_reset_before = specialise(
+    recurrent.step, __name__, "step_reset_before", forceinline=True, advance=advance_reset_before, reset=reset
+)

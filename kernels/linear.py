@@ -8,7 +8,7 @@ width of a panel; ``PN`` and ``PK`` are the panels of N and K columns.
     xs (PK, M, W)               x in panels, which `forward` saves for `backward`
 
 Threads: number ``me`` of ``parties`` calls that run at once does a share of the rows or, of few rows, of the panels,
-and of the weight's gradient by tiles. The bits do not depend on the cut. ``multiply`` is `gemm.multiply_address`.
+and of the weight's gradient by tiles. The bits do not depend on the cut. ``multiply`` is `gemm.multiply_addresses`.
 """
 
 from .barrier import meet

@@ -10,7 +10,7 @@ Options: peepholes add w_ci * c', w_cf * c' and w_co * c to the sums of i, f and
 
 from . import bptt, recurrent
 from .activations import sigmoid, tanh
-from .compiler import kernel, part
+from .compiler import part, specialise
 from .gemm import load, store, zeros
 from .tile import at, at_least, fma, lanes, where_negative
 
@@ -42,22 +42,9 @@ def retreat(cell, extra, u, a, d, c_before, dh, dc, n):
     return zeros(a), dc * f
 
 
-@kernel
-def forward(cells, *arguments):
-    """As `recurrent.forward`, s being c."""
-    recurrent.forward(cells[0], advance, None, *arguments)
-
-
-@kernel
-def backward(cells, *arguments):
-    """As `bptt.backward`, s being c."""
-    bptt.backward(cells[0], retreat, None, None, *arguments)
-
-
-@kernel(forceinline=True)
-def step(packed, state, x):
-    """As `recurrent.step`, s being c."""
-    recurrent.step(advance, None, packed, state, x)
+forward = specialise(recurrent.forward, __name__, "forward", advance=advance, reset=None)
+backward = specialise(bptt.backward, __name__, "backward", retreat=retreat, reset_backward=None, peephole_sums=None)
+step = specialise(recurrent.step, __name__, "step", forceinline=True, advance=advance, reset=None)
 
 
 @part
@@ -145,19 +132,17 @@ def peephole_sums(a, d, c_before):
     return load(d, L) * c_before, load(at(d, L), L) * c_before, load(at(d, 3 * L), L) * c
 
 
-@kernel
-def forward_with_options(cells, *arguments):
-    """As `recurrent.forward`, s being c."""
-    recurrent.forward(cells[0], advance_with_options, None, *arguments)
-
-
-@kernel
-def backward_with_options(cells, *arguments):
-    """As `bptt.backward`, s being c."""
-    bptt.backward(cells[0], retreat_with_options, None, peephole_sums, *arguments)
-
-
-@kernel(forceinline=True)
-def step_with_options(packed, state, x):
-    """As `recurrent.step`, s being c."""
-    recurrent.step(advance_with_options, None, packed, state, x)
+forward_with_options = specialise(
+    recurrent.forward, __name__, "forward_with_options", advance=advance_with_options, reset=None
+)
+backward_with_options = specialise(
+    bptt.backward,
+    __name__,
+    "backward_with_options",
+    retreat=retreat_with_options,
+    reset_backward=None,
+    peephole_sums=peephole_sums,
+)
+step_with_options = specialise(
+    recurrent.step, __name__, "step_with_options", forceinline=True, advance=advance_with_options, reset=None
+)

@@ -6,25 +6,29 @@ The input's share of the gates needs no recurrence: it is computed for a chunk o
 from collections import namedtuple
 
 from .barrier import meet
-from .cell import geometry, largest, layout, outputs_of, packed_layout, place
+from .cell import geometry, layout, outputs_of, packed_layout, place
 from .compiler import part
 from .gemm import Left, Panels, load, pack_rows, panels, product, product_of_row, store
 from .tile import RIDER_ROWS, ROW_PANELS, VECS, at, row_and_tile_product
 
+# In the templates below these are each cell's own: see `compiler.specialise`.
+advance = reset = None
+RIDER_VECS, rider_product = VECS, row_and_tile_product
 
-@part
-def forward(
-    cell, advance, reset, x, h_0, s_0, packed, y, s_n, buffer, steps, chunks, masks, save, share, barrier, multiply
-):
-    """``y, s_n``: the cell over a sequence, saving for `backward` if ``save``. y, s_n and buffer are written."""
+
+def forward(cells, x, h_0, s_0, packed, y, s_n, buffer, steps, chunks, most, masks, save, share, barrier, multiply):
+    """``y, s_n``: the cell over a sequence, saving for `bptt.backward` if ``save``. y, s_n and buffer are written.
+
+    most: the rows of the largest chunk.
+    """
+    cell = cells[0]
     B, I, H, P = len(h_0), x.shape[1], cell.H, cell.P
     T, N = len(steps) - 1, len(x)
     b0, b1, u0, u1, me, parties = share
     W, L, U, G, units = geometry(cell, at(x, 0))
-    most = largest(steps, chunks)
-    where = layout(cell, N, B, I, most, W, L, save, 1)
-    gates, s, ss = at(buffer, where.gates), at(buffer, where.s), at(buffer, where.ss)
-    hm, m, hs, ms = at(buffer, where.hm), at(buffer, where.m), at(buffer, where.hs), at(buffer, where.ms)
+    at_s, at_hm, at_m, at_ss, at_xs, at_hs, at_ms, at_gates, _ = layout(cell, N, B, I, most, W, L, save, 1)
+    gates, s, ss, hm = at(buffer, at_gates), at(buffer, at_s), at(buffer, at_ss), at(buffer, at_hm)
+    m, hs, ms = at(buffer, at_m), at(buffer, at_hs), at(buffer, at_ms)
     _, at_bias, at_ih, at_hh, at_again, at_extra, _ = packed_layout(cell, I, W, L)
     x_wide, h_wide = cell.x.count * units, cell.h.count * units
     bias, extra = at(packed, at_bias), at(packed, at_extra)
@@ -33,12 +37,12 @@ def forward(
     if masks is not None:
         masked, zoned, projected = masks.h.size > 0, masks.zone_h.size > 0, P != H
         zone_h_row, zone_s_row = P if len(masks.zone_h) > 1 else 0, H if len(masks.zone_s) > 1 else 0
+        v0, v1 = outputs_of(cell, share, at(x, 0))
     g0, g1 = (u0, u1) if cell.spread == 1 else (u0 // VECS, (u1 + VECS - 1) // VECS)
-    v0, v1 = outputs_of(cell, share, at(x, 0))
 
     if save:
         r0, r1 = me * N // parties, (me + 1) * N // parties
-        pack_rows(r1 - r0, I, at(x, r0 * I), Panels(at(buffer, where.xs + (N - 1 - r0) * W), N * W, -W))
+        pack_rows(r1 - r0, I, at(x, r0 * I), Panels(at(buffer, at_xs + (N - 1 - r0) * W), N * W, -W))
     for b in range(me * B // parties, (me + 1) * B // parties):
         for j in range(0, P, L):
             h = load(at(h_0, b * P + j), P - j)
@@ -79,7 +83,7 @@ def forward(
         rider, riders, next_slab, ahead = 0, 0, 0, 0
         next_gates, next_x, vecs = chunk_gates, at(x, 0), x_wide // L
         tiles = (g1 - g0) * vecs
-        if B == 1 and last < T and x_wide == h_wide and vecs >= 3:
+        if B == 1 and last < T and x_wide == h_wide and vecs == RIDER_VECS:
             next_n = chunks[q + 2] - last
             next_gates = at(gates, (last if save else most - half) * G * W)
             next_x, next_slab = at(x, last * I), next_n * W
@@ -121,8 +125,8 @@ def forward(
                 elif rider < riders and hi - lo == ROW_PANELS:
                     g, j, r = g0 + rider // vecs % (g1 - g0), rider % vecs * L, rider // tiles * RIDER_ROWS
                     slot = g * W + cell.x.slot * L + j
-                    row_and_tile_product(
-                        vecs, at(g_t, lo * slab + cell.h.slot * L), slab, h, at(w_hh.address, lo * w_hh.panel),
+                    rider_product(
+                        at(g_t, lo * slab + cell.h.slot * L), slab, h, at(w_hh.address, lo * w_hh.panel),
                         w_hh.panel, w_hh.row, P, at(bias, slot), at(next_gates, slot + g * (next_slab - W) + r * W), W,
                         at(next_x, r * I), I, at(w_ih.address, g * w_ih.panel + j), I,
                     )  # fmt: skip
@@ -201,8 +205,7 @@ def step_size(cell, B, W, L):
     return G * B * W + B * cell.H
 
 
-@part
-def step(advance, reset, packed, state, x):
+def step(packed, state, x):
     """One step of a stack of layers for a batch. x (B, I) is read, and of ``state`` all is written.
 
     The output is the last layer's h, ``state.h[-1]``.

@@ -2,15 +2,14 @@
 
 `recurrent` and `bptt` have the loops, `cell` describes the buffers.
 
-f is one of `TANH`, `RELU` and `IDENTITY`, as ``cell.kind`` says; or, for the kernels named ``*_of``, that of
-``functions = (OTHER, f, df)``, functions of a number that Numba has compiled, df taking f's value.
+f is one of `TANH`, `RELU` and `IDENTITY`, as ``cell.kind`` says. The kernels named ``*_of`` take ``cells`` as a tuple
+of a `Cell`, whose kind is ``(OTHER, f, df)``: functions of a number that Numba has compiled, df taking f's value.
 """
 
 from . import bptt, recurrent
 from .activations import tanh
-from .cell import Cell
-from .compiler import kernel, part
-from .gemm import NOTHING, WHOLE, load, store, zeros
+from .compiler import part, specialise
+from .gemm import load, store, zeros
 from .tile import lanes, map_lanes, where_negative
 
 # (A tuple that began with a function would be another thing to Numba.)
@@ -40,31 +39,9 @@ def retreat(cell, extra, u, a, d, s, dh, ds, n):
     return zeros(a), ds
 
 
-@kernel
-def forward(cells, *arguments):
-    """As `recurrent.forward`, without s."""
-    recurrent.forward(cells[0], advance, None, *arguments)
-
-
-@kernel
-def backward(cells, *arguments):
-    """As `bptt.backward`, without s."""
-    bptt.backward(cells[0], retreat, None, None, *arguments)
-
-
-@kernel(forceinline=True)
-def step(packed, state, x):
-    """As `recurrent.step`, without s."""
-    recurrent.step(advance, None, packed, state, x)
-
-
-@part
-def _with(functions, cell):
-    """The cell, its kind being functions."""
-    return Cell(
-        cell.H, cell.P, cell.gates, cell.slots, cell.spread, WHOLE, WHOLE, NOTHING,
-        cell.carries, cell.peephole, cell.clip, cell.coupled, functions,
-    )  # fmt: skip
+forward = specialise(recurrent.forward, __name__, "forward", advance=advance, reset=None)
+backward = specialise(bptt.backward, __name__, "backward", retreat=retreat, reset_backward=None, peephole_sums=None)
+step = specialise(recurrent.step, __name__, "step", forceinline=True, advance=advance, reset=None)
 
 
 @part
@@ -81,21 +58,8 @@ def retreat_of(cell, extra, u, a, d, s, dh, ds, n):
     return zeros(a), ds
 
 
-@kernel(cache=False)
-def forward_of(functions, cells, *arguments):
-    """As `recurrent.forward`, without s."""
-    recurrent.forward(_with(functions, cells[0]), advance_of, None, *arguments)
-
-
-@kernel(cache=False)
-def backward_of(functions, cells, *arguments):
-    """As `bptt.backward`, without s."""
-    bptt.backward(_with(functions, cells[0]), retreat_of, None, None, *arguments)
-
-
-@kernel(cache=False, forceinline=True)
-def step_of(functions, packed, state, x):
-    """As `recurrent.step`, without s."""
-    cells = (_with(functions, packed.cells[0]),)
-    with_functions = recurrent.Packed(cells, packed.offsets, packed.weights, packed.multiply)
-    recurrent.step(advance_of, None, with_functions, state, x)
+forward_of = specialise(recurrent.forward, __name__, "forward_of", cache=False, advance=advance_of, reset=None)
+backward_of = specialise(
+    bptt.backward, __name__, "backward_of", cache=False, retreat=retreat_of, reset_backward=None, peephole_sums=None
+)
+step_of = specialise(recurrent.step, __name__, "step_of", cache=False, forceinline=True, advance=advance_of, reset=None)

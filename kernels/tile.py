@@ -53,8 +53,10 @@ ROWS = 6 if REGISTERS == 32 else 3 if FUSED else 2
 # vector rides along.
 ROW_PANELS, RIDER_ROWS = (4, 12) if REGISTERS == 32 else (2, 4)
 
-# Rows, vectors and panels of the tiles of a single row.
-ROW_SHAPES = [(1, v, 1) for v in range(1, VECS + 1)] + [(1, v, n) for v in (3, 4) for n in sorted({2, ROW_PANELS})]
+# Rows, vectors and panels of tiles.
+SHAPES = [(r, v, 1) for r in range(1, ROWS + 1) for v in (1, 2, VECS)] + [(1, VECS, n) for n in {2, ROW_PANELS}]
+SHAPES_OF_THREE = [(r, 3, 1) for r in range(1, ROWS + 1)] + [(1, 3, n) for n in {2, ROW_PANELS}]
+ROW_SHAPES = [shape for shape in SHAPES + SHAPES_OF_THREE if shape[0] == 1]
 
 
 class Vector(types.Type):
@@ -316,15 +318,23 @@ def tile_product(
     start, target: addresses of matrices with ``*_row`` numbers from row to row (0: one row for all).
     left: ``Left(address, row, k, blocks, block)`` as `gemm` describes it.
     packed: address of a panel of ``left.blocks * K`` rows, ``packed_row`` numbers apart.
-    rows: at most `ROWS`. vecs: at most `VECS`, enough for n. panels: 1; or, for one row and 3 or 4 vectors, 2 or
+    rows: at most `ROWS`. vecs: 1, 2 or `VECS`, enough for n. panels: 1; or, for one row and `VECS`, 2 or
     `ROW_PANELS` whole panels at once, which lie ``packed_panel`` numbers apart, and so do start's and target's,
     ``*_row`` numbers apart.
 
     A number of the product is one chain of multiply-adds, over k in ascending order.
     """
-    shapes = [(r, v, 1) for r in range(2, ROWS + 1) for v in range(1, VECS + 1)]
     kinds = (*(types.int64,) * 4, start, types.int64, target, types.int64, left, packed, *(types.int64,) * 3)
-    return types.void(*kinds), _tile_product(ROW_SHAPES + shapes, LANES[packed.dtype])
+    return types.void(*kinds), _tile_product(SHAPES, LANES[packed.dtype])
+
+
+@intrinsic
+def tile_product_of_three(
+    typing, rows, vecs, panels, n, start, start_row, target, target_row, left, packed, packed_panel, packed_row, K
+):
+    """`tile_product` for three vectors only: less code."""
+    kinds = (*(types.int64,) * 4, start, types.int64, target, types.int64, left, packed, *(types.int64,) * 3)
+    return types.void(*kinds), _tile_product(SHAPES_OF_THREE, LANES[packed.dtype])
 
 
 @intrinsic
@@ -336,36 +346,10 @@ def row_product(
     return types.void(*kinds), _tile_product(ROW_SHAPES, LANES[packed.dtype])
 
 
-@intrinsic
-def row_and_tile_product(
-    typing,
-    vecs,
-    target,
-    target_panel,
-    a,
-    packed,
-    packed_panel,
-    packed_row,
-    K,
-    tile_start,
-    tile,
-    tile_row,
-    left,
-    left_row,
-    right,
-    tile_K,
-):
-    """Two products at once: one that waits for memory, and one that keeps the multiply-add units busy meanwhile.
+def _row_and_tile_product(v, L):
+    """The code generator of `row_and_tile_product` for panels of v vectors."""
 
-    ``target += a @ packed`` for a row ``a`` of K numbers and `ROW_PANELS` panels of ``vecs`` vectors, 3 or 4,
-    ``packed_panel`` numbers apart, their rows ``packed_row`` apart.
-    ``tile = tile_start + left @ right`` for `RIDER_ROWS` rows, ``tile_row`` and ``left_row`` numbers apart, and one
-    vector of columns: tile_start is one vector, and right has ``tile_K`` rows, ``packed_row`` numbers apart.
-    Each number is summed as in `tile_product`.
-    """
-    L = LANES[packed.dtype]
-
-    def generate(builder, v, args):
+    def codegen(context, builder, signature, args):
         target, target_panel, a, packed, packed_panel, packed_row, K, tile_start, tile, tile_row = args[:10]
         left, left_row, right, tile_K = args[10:]
         vector = _vector(target.type.pointee)
@@ -402,17 +386,64 @@ def row_and_tile_product(
             _store(builder, builder.load(s), place(target, target_panel, j))
         for i, s in enumerate(tile_sums):
             _store(builder, builder.load(s), _offset(builder, tile, tile_row, i))
-
-    def codegen(context, builder, signature, args):
-        with builder.if_else(builder.icmp_signed("==", args[0], I64(3))) as (three, four):
-            with three:
-                generate(builder, 3, args[1:])
-            with four:
-                generate(builder, 4, args[1:])
         return context.get_dummy_value()
 
+    return codegen
+
+
+@intrinsic
+def row_and_tile_product(
+    typing,
+    target,
+    target_panel,
+    a,
+    packed,
+    packed_panel,
+    packed_row,
+    K,
+    tile_start,
+    tile,
+    tile_row,
+    left,
+    left_row,
+    right,
+    tile_K,
+):
+    """Two products at once: one that waits for memory, and one that keeps the multiply-add units busy meanwhile.
+
+    ``target += a @ packed`` for a row ``a`` of K numbers and `ROW_PANELS` panels of `VECS` vectors,
+    ``packed_panel`` numbers apart, their rows ``packed_row`` apart.
+    ``tile = tile_start + left @ right`` for `RIDER_ROWS` rows, ``tile_row`` and ``left_row`` numbers apart, and one
+    vector of columns: tile_start is one vector, and right has ``tile_K`` rows, ``packed_row`` numbers apart.
+    Each number is summed as in `tile_product`.
+    """
     n = types.int64
-    return types.void(n, target, n, a, packed, n, n, n, tile_start, tile, n, left, n, right, n), codegen
+    kinds = (target, n, a, packed, n, n, n, tile_start, tile, n, left, n, right, n)
+    return types.void(*kinds), _row_and_tile_product(VECS, LANES[packed.dtype])
+
+
+@intrinsic
+def row_and_tile_product_of_three(
+    typing,
+    target,
+    target_panel,
+    a,
+    packed,
+    packed_panel,
+    packed_row,
+    K,
+    tile_start,
+    tile,
+    tile_row,
+    left,
+    left_row,
+    right,
+    tile_K,
+):
+    """`row_and_tile_product` for panels of three vectors."""
+    n = types.int64
+    kinds = (target, n, a, packed, n, n, n, tile_start, tile, n, left, n, right, n)
+    return types.void(*kinds), _row_and_tile_product(3, LANES[packed.dtype])
 
 
 # Arithmetic. A Python number takes the vector's dtype, so that an equation reads as it is written.

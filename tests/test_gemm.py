@@ -4,7 +4,7 @@ import numba
 import numpy as np
 import pytest
 from fastrnn.kernels import gemm
-from fastrnn.kernels.gemm import NOTHING, WHOLE, Left, Panels, Window, multiply_address
+from fastrnn.kernels.gemm import NOTHING, WHOLE, Left, Panels, Window, multiply_addresses
 from fastrnn.kernels.tile import LANES_OF, ROWS, VECS, at
 from oracle import assert_close, assert_same_bits
 
@@ -78,7 +78,7 @@ def product(start, left, right, first=0, last=None, vecs=VECS, order="tight"):
     inside[1 : M + 1, first * wide : min(N, last * wide)] = True
     start_row = N if start.ndim == 2 else 0
     call_product(
-        multiply_address(left.dtype), first, last, wide, N, M,
+        multiply_addresses(left.dtype, True), first, last, wide, N, M,
         (np.ascontiguousarray(start).ravel(), 0, wide, start_row), (memory.ravel(), N + 7, wide, N + 7),
         by_rows(left), packed, K,
     )  # fmt: skip
@@ -148,7 +148,7 @@ def test_target_may_be_its_own_start(M, dtype):
     W, target = width(dtype), start.copy()
     mine = target.ravel(), 0, W, 70
     packed = laid_out(right, "tight")
-    call_product(multiply_address(dtype), 0, -(-70 // W), W, 70, M, mine, mine, by_rows(left), packed, 6)
+    call_product(multiply_addresses(dtype, True), 0, -(-70 // W), W, 70, M, mine, mine, by_rows(left), packed, 6)
     assert_same_bits(target, product(start, left, right))
 
 
@@ -166,7 +166,17 @@ def test_all_factors_in_panels(M, order, used, dtype):
     # The right factor's rows are those of all three blocks, one after the other.
     packed = laid_out(right, order)
     call_product(
-        multiply_address(dtype), 0, 2, W, 2 * W, M, starts, targets, (a, a_first, a_row, 1, 3, a_panel), packed, wide
+        multiply_addresses(dtype, True),
+        0,
+        2,
+        W,
+        2 * W,
+        M,
+        starts,
+        targets,
+        (a, a_first, a_row, 1, 3, a_panel),
+        packed,
+        wide,
     )
     wanted = laid_out(product(start, left, right), order)[0]
     assert_same_bits(targets[0][~np.isnan(wanted)], wanted[~np.isnan(wanted)])
@@ -183,7 +193,7 @@ def test_left_factor_transposed(M, order, dtype):
     a = (across, 0, 1, M, 1, 0) if order == "tight" else (across, 8 * M, 1, -M, 1, 0)
     starts, targets = (start.ravel(), 0, W, 37), (target.ravel(), 0, W, 37)
     packed = laid_out(right, order)
-    call_product(multiply_address(dtype), 0, -(-37 // W), W, 37, M, starts, targets, a, packed, 9)
+    call_product(multiply_addresses(dtype, True), 0, -(-37 // W), W, 37, M, starts, targets, a, packed, 9)
     assert_same_bits(target, product(start, left, right))
 
 

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 from fastrnn.kernels import linear as kernels
-from fastrnn.kernels.gemm import multiply_address
+from fastrnn.kernels.gemm import multiply_addresses
 from fastrnn.kernels.tile import LANES_OF, VECS
 from oracle import assert_close, assert_same_bits
 
@@ -100,8 +100,8 @@ def test_linear_kernels_write_every_number_and_nothing_else(dtype, rng):
         g[:n].reshape(s) for g, n, s in zip(guarded, (147, 133, 399, 21), ((7, 21), (7, 19), (21, 19), 21))
     )
     xs = np.full(-(-19 // (VECS * LANES_OF[dtype])) * 7 * VECS * LANES_OF[dtype], np.nan, dtype)
-    kernels.forward(x, linear._pack_forward(), y, xs, True, 0, 1, batching.ALONE, multiply_address(dtype))
-    kernels.backward(dy, xs, linear._pack_backward(), dx, dw, db, 0, 1, batching.ALONE, multiply_address(dtype))
+    kernels.forward(x, linear._pack_forward(), y, xs, True, 0, 1, batching.ALONE, multiply_addresses(dtype, True))
+    kernels.backward(dy, xs, linear._pack_backward(), dx, dw, db, 0, 1, batching.ALONE, multiply_addresses(dtype, True))
     for actual, right in zip((y, dx, dw, db), expected(linear, x, dy)):
         assert_close(actual, right)
     assert all(np.isnan(g[-64:]).all() for g in guarded)

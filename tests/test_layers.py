@@ -454,7 +454,8 @@ def test_kernels_are_compiled_once_per_dtype(case):
             layer(np.ones(shape, dtype), state)
 
     for dtype in (np.float32, np.float64):
-        run(dtype, [(1, 1, 1), (2, 3, 1)], num_layers=2, bidirectional=True)
+        run(dtype, [(1, 1, 1), (2, 3, 1)])
+        run(dtype, [(2, 3, 1)], num_layers=2, **RANDOM)  # masks are of a type of their own
     compiled = compilations()
     for dtype in (np.float32, np.float64):
         for options in ({}, {"bias": False}, {"batch_first": True}, {"num_layers": 2}, {"bidirectional": True}):

@@ -38,7 +38,7 @@ import json, sys
 import numpy as np
 import fastrnn
 from fastrnn.kernels import cell, gru, lstm, rnn
-total, dispatchers = 0.0, [cell.pack_forward, cell.pack_backward]
+total, dispatchers = 0.0, [cell.pack_weight, cell.pack_weight_transposed]
 for Layer, kernels in (fastrnn.RNN, rnn), (fastrnn.LSTM, lstm), (fastrnn.GRU, gru):
     layer, dispatchers = Layer(3, 4, seed=0), [*dispatchers, kernels.forward, kernels.backward, kernels.step]
     x = np.ones((5, 2, 3), np.float32)

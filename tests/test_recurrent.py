@@ -8,7 +8,7 @@ import pytest
 from fastrnn.kernels import bptt
 from fastrnn.kernels import cell as cells
 from fastrnn.kernels import recurrent as engine
-from fastrnn.kernels.gemm import multiply_address
+from fastrnn.kernels.gemm import multiply_addresses
 from fastrnn.kernels.tile import LANES_OF, VECS
 from oracle import assert_close, assert_same_bits
 
@@ -24,7 +24,7 @@ def run(layer, x, before, gradients=None, parties=1, chunk=2, back=3):
     """
     T, B, I = x.shape
     cell, dtype, save = layer.cell, x.dtype, gradients is not None
-    L, multiply, N = LANES_OF[dtype], multiply_address(dtype), T * B
+    L, multiply, N = LANES_OF[dtype], multiply_addresses(dtype, True), T * B
     W, U = VECS * L, -(-cell.H // L)
 
     def nan(*shape):
@@ -33,18 +33,34 @@ def run(layer, x, before, gradients=None, parties=1, chunk=2, back=3):
     def cuts(steps):
         return np.array([*range(0, T, steps), T])
 
+    def most(cuts):
+        return int(np.diff(cuts).max()) * B
+
     steps, chunks, backs = cuts(1) * B, cuts(chunk), cuts(back)
     masks = None if cell.P == cell.H else cells.Masks(nan(0, 0), nan(0, 0), nan(0, 0))
     x_rows, (h_0, s_0) = x.reshape(N, I), (before[0], before[-1])
     out = {"y": nan(N, cell.P), "s_n": nan(B, cell.H)}
-    buffer = nan(cells.layout.py_func(cell, N, B, I, int(np.diff(chunks).max()) * B, W, L, save, parties).size)
+    buffer = nan(cells.layout.py_func(cell, N, B, I, most(chunks), W, L, save, parties)[-1])
     packs = layer._packs(save)[0, 0]
 
     def forward(me, barrier):
         share = batching.share_of(me, parties, B, cell.H, dtype)
         written = out["y"], out["s_n"], buffer
         layer.kernels.forward(
-            layer.record, x_rows, h_0, s_0, packs[0], *written, steps, chunks, masks, save, share, barrier, multiply
+            layer.record,
+            x_rows,
+            h_0,
+            s_0,
+            packs[0],
+            *written,
+            steps,
+            chunks,
+            most(chunks),
+            masks,
+            save,
+            share,
+            barrier,
+            multiply,
         )
 
     on_threads(parties, forward)
@@ -55,13 +71,13 @@ def run(layer, x, before, gradients=None, parties=1, chunk=2, back=3):
     rest = nan(-(-U // cell.spread), W), nan(3, U * L)
     d_out = bptt.Gradients(nan(N, I), nan(B, cell.P), nan(B, cell.H), *weights, *rest)
     buffers = min(parties, 2)
-    work = nan(bptt.work_layout.py_func(cell, B, int(np.diff(backs).max()) * B, buffers, W, L).size)
+    work = nan(bptt.work_layout.py_func(cell, B, most(backs), buffers, W, L)[-1])
 
     def backward(me, barrier):
         share = batching.share_of(me, parties, B, cell.H, dtype)
         layer.kernels.backward(
             layer.record, dy.reshape(N, cell.P), dh_n, ds_n, packs[1], buffer, d_out, work, buffers, steps, chunks,
-            backs, masks, True, share, barrier, multiply,
+            backs, most(backs), masks, True, share, barrier, multiply,
         )  # fmt: skip
 
     on_threads(parties, backward)

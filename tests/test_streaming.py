@@ -367,9 +367,8 @@ def run_rnn(packed, state, x, y):
 
 @numba.njit
 def run_softsign(packed, state, x, y):
-    functions = (rnn_kernels.OTHER, oracle.softsign, oracle.softsign_slope)
     for t in range(len(x)):
-        rnn_kernels.step_of(functions, packed, state, x[t])
+        rnn_kernels.step_of(packed, state, x[t])
         y[t] = state.h[-1]
 
 
