@@ -17,7 +17,6 @@ from .recurrent import Gradients, Pullback, Recurrent, drop, masks
 
 __all__ = ["GRU", "LSTM", "RNN", "Gradients", "Pullback", "Recurrent", "drop", "masks"]
 
-RNN_OF = SimpleNamespace(forward=rnn_kernels.forward_of, backward=rnn_kernels.backward_of, step=rnn_kernels.step_of)
 LSTM_WITH_OPTIONS = SimpleNamespace(
     forward=lstm_kernels.forward_with_options,
     backward=lstm_kernels.backward_with_options,
@@ -88,9 +87,9 @@ class RNN(Recurrent):
     ):
         self.nonlinearity = nonlinearity
         if isinstance(nonlinearity, str) and nonlinearity in NONLINEARITIES:
-            kind: Any = NONLINEARITIES[nonlinearity]
+            kind = NONLINEARITIES[nonlinearity]
         elif isinstance(nonlinearity, tuple) and len(nonlinearity) == 2 and all(map(is_jitted, nonlinearity)):
-            kind = (rnn_kernels.OTHER, *nonlinearity)
+            kind = rnn_kernels.OTHER
         else:
             raise ValueError(
                 f"nonlinearity: expected one of {', '.join(NONLINEARITIES)} or a pair of functions compiled by "
@@ -105,7 +104,7 @@ class RNN(Recurrent):
 
     @property
     def kernels(self) -> Any:
-        return RNN_OF if isinstance(self.nonlinearity, tuple) else rnn_kernels
+        return rnn_kernels.kernels_of(*self.nonlinearity) if isinstance(self.nonlinearity, tuple) else rnn_kernels
 
 
 class LSTM(Recurrent):

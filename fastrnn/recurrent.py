@@ -83,10 +83,7 @@ class Recurrent(Module):
         seed: int | None,
         **options: Any,
     ):
-        # As kernels take the cell: a record; or, with functions in it, a tuple.
-        self.record: Any = (self.cell,)
-        if not isinstance(self.cell.kind, tuple):
-            self.record = np.array([self.cell], cells.RECORD)
+        self.record = np.array([self.cell], cells.RECORD)
         self.input_size = positive(input_size, "input_size")
         self.hidden_size = positive(hidden_size, "hidden_size")
         self.num_layers = positive(num_layers, "num_layers")

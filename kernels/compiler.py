@@ -55,17 +55,22 @@ def _or_nothing(load_index):
     return load
 
 
-def specialise(template, module, name, cache=True, forceinline=False, **names):
-    """A kernel from a function's code, with other functions for some global names in it; it is ``name`` of ``module``.
-
-    Compiled once, where a function called with functions as arguments would be compiled, and then its caller again;
-    and cached, which Numba does not do with closures that hold functions.
-    """
+def renamed(template, module, name, **names):
+    """A function of ``template``'s code, with other things for some global names: it is ``name`` of ``module``."""
     function = types.FunctionType(template.__code__, {**template.__globals__, **names}, name)
     function.__module__, function.__doc__ = module, template.__doc__
     # Numba's cache tells functions apart by file, line and this name.
     function.__qualname__ = f"{module.rpartition('.')[2]}_{name}"
-    return kernel(function, cache=cache, forceinline=forceinline)
+    return function
+
+
+def specialise(template, module, name, cache=True, forceinline=False, **names):
+    """A kernel `renamed` from a template.
+
+    Compiled once, where a function called with functions as arguments would be compiled, and then its caller again;
+    and cached, which Numba does not do with closures that hold functions.
+    """
+    return kernel(renamed(template, module, name, **names), cache=cache, forceinline=forceinline)
 
 
 def address_of(dispatcher, signature):

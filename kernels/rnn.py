@@ -2,17 +2,18 @@
 
 `recurrent` and `bptt` have the loops, `cell` describes the buffers.
 
-f is one of `TANH`, `RELU` and `IDENTITY`, as ``cell.kind`` says. The kernels named ``*_of`` take ``cells`` as a tuple
-of a `Cell`, whose kind is ``(OTHER, f, df)``: functions of a number that Numba has compiled, df taking f's value.
+f is one of `TANH`, `RELU` and `IDENTITY`, as ``cell.kind`` says, or any function (`kernels_of`).
 """
+
+from collections import namedtuple
+from functools import lru_cache
 
 from . import bptt, recurrent
 from .activations import tanh
-from .compiler import part, specialise
+from .compiler import part, renamed, specialise
 from .gemm import load, store, zeros
 from .tile import lanes, map_lanes, where_negative
 
-# (A tuple that began with a function would be another thing to Numba.)
 TANH, RELU, IDENTITY, OTHER = range(4)
 
 
@@ -44,22 +45,32 @@ backward = specialise(bptt.backward, __name__, "backward", retreat=retreat, rese
 step = specialise(recurrent.step, __name__, "step", forceinline=True, advance=advance, reset=None)
 
 
-@part
-def advance_of(cell, extra, u, a, s, save):
-    h = map_lanes(cell.kind[1], load(a, lanes(a)))
+# In the templates below these are the user's.
+f = df = None
+
+
+def _advance_of(cell, extra, u, a, s, save):
+    h = map_lanes(f, load(a, lanes(a)))
     if save:
         store(h, a, lanes(a))
     return h, s
 
 
-@part
-def retreat_of(cell, extra, u, a, d, s, dh, ds, n):
-    store(dh * map_lanes(cell.kind[2], load(a, lanes(a))), d, n)
+def _retreat_of(cell, extra, u, a, d, s, dh, ds, n):
+    store(dh * map_lanes(df, load(a, lanes(a))), d, n)
     return zeros(a), ds
 
 
-forward_of = specialise(recurrent.forward, __name__, "forward_of", cache=False, advance=advance_of, reset=None)
-backward_of = specialise(
-    bptt.backward, __name__, "backward_of", cache=False, retreat=retreat_of, reset_backward=None, peephole_sums=None
-)
-step_of = specialise(recurrent.step, __name__, "step_of", cache=False, forceinline=True, advance=advance_of, reset=None)
+Kernels = namedtuple("Kernels", "forward backward step")
+
+
+@lru_cache(64)
+def kernels_of(f, df):
+    """The kernels for any f, and df in terms of f's value: functions of a number that Numba compiles."""
+    own = {"advance": part(renamed(_advance_of, __name__, "advance_of", f=f)), "reset": None}
+    back = {"retreat": part(renamed(_retreat_of, __name__, "retreat_of", df=df)), "reset_backward": None}
+    return Kernels(
+        specialise(recurrent.forward, __name__, "forward_of", cache=False, **own),
+        specialise(bptt.backward, __name__, "backward_of", cache=False, peephole_sums=None, **back),
+        specialise(recurrent.step, __name__, "step_of", cache=False, forceinline=True, **own),
+    )

@@ -365,10 +365,13 @@ def run_rnn(packed, state, x, y):
         y[t] = state.h[-1]
 
 
+step_of_softsign = rnn_kernels.kernels_of(oracle.softsign, oracle.softsign_slope).step
+
+
 @numba.njit
 def run_softsign(packed, state, x, y):
     for t in range(len(x)):
-        rnn_kernels.step_of(packed, state, x[t])
+        step_of_softsign(packed, state, x[t])
         y[t] = state.h[-1]
 
 
