@@ -13,7 +13,8 @@ from .kernels import lstm as lstm_kernels
 from .kernels import rnn as rnn_kernels
 from .kernels.cell import Cell
 from .kernels.gemm import NOTHING, WHOLE, Window
-from .recurrent import Gradients, Pullback, Recurrent, drop, masks
+from .masks import drop, masks
+from .recurrent import Gradients, Pullback, Recurrent
 
 __all__ = ["GRU", "LSTM", "RNN", "Gradients", "Pullback", "Recurrent", "drop", "masks"]
 

@@ -11,8 +11,9 @@ from .checks import as_array, as_indices, as_kernel_array, as_seed, describe, in
 from .heads import Embedding, Linear
 from .layers import GRU, LSTM, RNN
 from .losses import cross_entropy
+from .masks import drop
 from .parameters import Array, JoinedParameters, Module, read_file
-from .recurrent import Gradients, Recurrent, drop
+from .recurrent import Gradients, Recurrent
 
 # Arrays of a checkpoint that are not the model's parameters are named so.
 CHECKPOINT_PREFIX = "training."

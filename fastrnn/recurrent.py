@@ -31,6 +31,7 @@ from .kernels import cell as cells
 from .kernels import recurrent as steps
 from .kernels.gemm import multiply_addresses
 from .kernels.tile import LANES_OF, ROW_PANELS, VECS
+from .masks import Masks, draw_masks
 from .parameters import Array, Module, Parameters, read_only
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 Gradients = dict[str, Array]
 Pullback = Callable[..., tuple[Array, Any, Gradients]]
 Key = tuple[int, int]
-Masks = dict[tuple[Any, ...], Any]
 Sums = dict[Key, list[Array]]
 Packs = dict[Key, tuple[Any, Any]]
 
@@ -612,34 +612,6 @@ class Recurrent(Module):
         return {(name, *key): np.full((1, n), p, self.dtype) for key in keys for name, (p, n) in sizes.items()}
 
 
-def masks(layer: Recurrent, T: int, B: int, rng: np.random.Generator) -> Masks:
-    """The masks that `vjp` draws for T steps of B sequences, by kind, layer and direction, (T, B, features).
-
-    Those of recurrent dropout are (B, features). Steps are those of the direction: the reverse one's first is the last.
-    """
-    drawn: Masks = {}
-    P, zoned = layer.cell.P, any(layer.zoneout)
-    for k, d in layer._keys():
-        if layer.dropout and k > 0 and d == 0:
-            drawn["dropout", k] = dropout_mask((T, B, layer.directions * P), layer.dropout, rng, layer.dtype)
-        if layer.recurrent_dropout:
-            drawn["recurrent", k, d] = dropout_mask((B, P), layer.recurrent_dropout, rng, layer.dtype)
-        for name, p, size in zip(("zoneout_h", "zoneout_c"), layer.zoneout if zoned else (), (P, layer.cell.H)):
-            drawn[name, k, d] = (rng.random((T, B, size), np.float32) < p).astype(layer.dtype)
-    return drawn
-
-
-def draw_masks(layer: Recurrent, sequences: Sequences, rng: np.random.Generator) -> Masks:
-    """The masks for a `vjp` as the kernels read them."""
-    drawn = masks(layer, sequences.T, sequences.B, rng)
-    drawn = {name: sequences.rows(m) if m.ndim == 3 else sequences.sorted(m) for name, m in drawn.items()}
-    # The state s of a GRU is h.
-    zone_s = {
-        ("zoneout_s", *name[1:]): m for name, m in drawn.items() if name[0] == f"zoneout_{'hc'[layer.STATES - 1]}"
-    }
-    return drawn | zone_s
-
-
 @lru_cache(1024)
 def step_size(cell: cells.Cell, B: int, L: int) -> int:
     return steps.step_size.py_func(cell, B, VECS * L, L)
@@ -648,14 +620,3 @@ def step_size(cell: cells.Cell, B: int, L: int) -> int:
 @lru_cache(1024)
 def buffer_size(cell: cells.Cell, N: int, B: int, I: int, rows: int, L: int, save: bool, parties: int) -> int:
     return cells.layout.py_func(cell, N, B, I, rows, VECS * L, L, save, parties)[-1]
-
-
-def dropout_mask(shape: tuple[int, ...], probability: float, rng: np.random.Generator, dtype: np.dtype) -> Array:
-    """0 at random, and elsewhere what keeps the mean."""
-    return (rng.random(shape, np.float32) >= probability) * dtype.type(1 / (1 - probability))
-
-
-def drop(x: Array, probability: float, rng: np.random.Generator) -> tuple[Array, Callable[[Array], Array]]:
-    """``x`` with elements set to 0 at random and the others scaled up to keep the mean, and the pullback."""
-    mask = dropout_mask(x.shape, probability, rng, x.dtype)
-    return x * mask, lambda dy: dy * mask

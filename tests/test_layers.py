@@ -27,7 +27,8 @@ from oracle import (
 )
 
 import fastrnn
-from fastrnn import batching, layers
+from fastrnn import batching, layer_norm, layers, recurrent
+from fastrnn import masks as random_masks
 
 SIZES = [1, 3, 17, 63, 65]
 both_ways = pytest.mark.parametrize("bidirectional", [False, True], ids=["one way", "both ways"])
@@ -376,8 +377,8 @@ def test_uninitialised_memory_is_never_read(case, sizes, threads, dtype, monkeyp
     layer = make(case, I, H, dtype, num_layers=2, bidirectional=True)
     options = [{}, {"lengths": lengths_for(T, B)}, {"checkpoint": 2}]
     wanted = [everything(layer, *inputs(layer, T, B), **o) for o in options]
-    monkeypatch.setattr(layers, "np", PoisonedNumpy())
-    monkeypatch.setattr(batching, "np", PoisonedNumpy())
+    for module in (batching, layer_norm, random_masks, recurrent):
+        monkeypatch.setattr(module, "np", PoisonedNumpy())
     assert np.isnan(batching.empty(3, dtype)).all()
     layer.load_state_dict(layer.state_dict())  # the packed weights, too, are made anew
     batching.set_num_threads(threads)
