@@ -72,19 +72,23 @@ class _Cell(Module):
         return self._unstacked(after), pullback
 
 
-class _OneRNN(RNN):
+class _Unnumbered:
+    """A layer's parameters without its number in their names."""
+
     def _name(self, kind: str, k: int, d: int) -> str:
         return kind
 
 
-class _OneLSTM(LSTM):
-    def _name(self, kind: str, k: int, d: int) -> str:
-        return kind
+class _OneRNN(_Unnumbered, RNN):
+    pass
 
 
-class _OneGRU(GRU):
-    def _name(self, kind: str, k: int, d: int) -> str:
-        return kind
+class _OneLSTM(_Unnumbered, LSTM):
+    pass
+
+
+class _OneGRU(_Unnumbered, GRU):
+    pass
 
 
 class RNNCell(_Cell):

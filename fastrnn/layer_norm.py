@@ -14,9 +14,9 @@ from . import batching
 from .batching import Sequences
 from .kernels import layer_norm as kernels
 from .kernels import linear
-from .kernels.cell import Masks
 from .kernels.gemm import multiply_addresses
 from .kernels.tile import LANES_OF, VECS
+from .masks import kernel_masks, no_masks
 from .parameters import Array, read_only
 
 # Rows whose input projections are computed at once, and over which gradients are gathered before the weights take them
@@ -94,8 +94,7 @@ def run_direction(
     cell, dtype, (N, I), B, W = layer.cell, layer.dtype, x.shape, sequences.B, VECS * LANES_OF[layer.dtype]
     H, P, M, functions = cell.H, cell.P, cell.gates * cell.H, LSTM if layer.STATES == 2 else GRU
     steps, multiply, chunks = sequences.steps, multiply_addresses(dtype), sequences.chunks(ROWS_FORWARD)
-    given = [masks.get((name, *key)) for name in ("recurrent", "zoneout_h", "zoneout_s")]
-    mask_arrays = Masks(*[np.empty((0, 0), dtype) if mask is None else mask for mask in given])
+    mask_arrays = kernel_masks(masks, key, dtype) or no_masks(dtype)
     work = N * M * (I + P)
     parties = min(B, batching.parties_for(work, B, H, dtype))
 

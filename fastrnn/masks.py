@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .batching import Sequences
+from .kernels.cell import Masks as KernelMasks
 from .parameters import Array
 
 if TYPE_CHECKING:
@@ -41,6 +42,19 @@ def draw_masks(layer: "Recurrent", sequences: Sequences, rng: np.random.Generato
         ("zoneout_s", *name[1:]): m for name, m in drawn.items() if name[0] == f"zoneout_{'hc'[layer.STATES - 1]}"
     }
     return drawn | zone_s
+
+
+def kernel_masks(masks: Masks, key: tuple[int, int], dtype: np.dtype) -> KernelMasks | None:
+    """Those of one direction of a layer, as its kernels take them; None if there are none."""
+    given = [masks.get((name, *key)) for name in ("recurrent", "zoneout_h", "zoneout_s")]
+    if all(mask is None for mask in given):
+        return None
+    return KernelMasks(*[np.empty((0, 0), dtype) if mask is None else mask for mask in given])
+
+
+def no_masks(dtype: np.dtype) -> KernelMasks:
+    """For kernels that take masks even where there are none."""
+    return KernelMasks(*[np.empty((0, 0), dtype)] * 3)
 
 
 def dropout_mask(shape: tuple[int, ...], probability: float, rng: np.random.Generator, dtype: np.dtype) -> Array:

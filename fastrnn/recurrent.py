@@ -1,7 +1,7 @@
 """What recurrent layers share: stacking, directions, dropout, lengths, calls and vector-Jacobian products.
 
-`Recurrent` is the layers' base; a layer says what its cell is and which kernels run it. A `Direction` is one direction
-of one layer of the stack, over rows as the kernels read them.
+`Recurrent` is the layers' base; a layer says what its cell is and which kernels run it. A direction of a layer of the
+stack has the key (layer, 0 or 1), and runs over rows as the kernels read them.
 """
 
 import warnings
@@ -31,7 +31,7 @@ from .kernels import cell as cells
 from .kernels import recurrent as steps
 from .kernels.gemm import multiply_addresses
 from .kernels.tile import LANES_OF, ROW_PANELS, VECS
-from .masks import Masks, draw_masks
+from .masks import Masks, draw_masks, kernel_masks, no_masks
 from .parameters import Array, Module, Parameters, read_only
 
 if TYPE_CHECKING:
@@ -190,10 +190,6 @@ class Recurrent(Module):
             )
         return packed, offsets
 
-    def _pack_forward(self) -> dict[Key, Array]:
-        packed, offsets = self.parameters.derived("forward", self._pack_all)
-        return {key: packed[offsets[i] : offsets[i + 1]] for i, key in enumerate(self._keys())}
-
     def _pack_backward(self, k: int, d: int) -> Array:
         w = self._weights(k, d)
         L = LANES_OF[self.dtype]
@@ -206,10 +202,12 @@ class Recurrent(Module):
         """Each direction's weights as the kernels read them: forward and, if ``save``, backward."""
         if self.layer_norm:
             return layer_norm.packs(self, save)
-        packs = self._pack_forward()
-        make = {key: partial(self._pack_backward, *key) for key in packs}
-        derived = self.parameters.derived
-        return {key: (pack, derived(("backward", *key), make[key]) if save else pack) for key, pack in packs.items()}
+        return self.parameters.derived(("packs", save), partial(self._make_packs, save))
+
+    def _make_packs(self, save: bool) -> Packs:
+        packed, offsets = self.parameters.derived("forward", self._pack_all)
+        forward = {key: packed[offsets[i] : offsets[i + 1]] for i, key in enumerate(self._keys())}
+        return {key: (pack, self._pack_backward(*key) if save else pack) for key, pack in forward.items()}
 
     @property
     def multiply(self) -> tuple[int, int]:
@@ -465,10 +463,9 @@ class Recurrent(Module):
         most = sequences.largest(chunks)
         size = buffer_size(cell, N, B, I, most, LANES_OF[dtype], save, parties)
         buffer, multiply = batching.empty(size, dtype), self.multiply
-        mask_arrays = None
-        given = [masks.get((name, *key)) for name in ("recurrent", "zoneout_h", "zoneout_s")]
-        if cell.P != cell.H or any(mask is not None for mask in given):
-            mask_arrays = cells.Masks(*[np.empty((0, 0), dtype) if mask is None else mask for mask in given])
+        mask_arrays = kernel_masks(masks, key, dtype)
+        if mask_arrays is None and cell.P != cell.H:
+            mask_arrays = no_masks(dtype)
         h_0, s_0, s_n = before[0], before[-1], np.empty((B, cell.H), dtype)
 
         def call(me: int, parties: int, barrier: Array) -> None:

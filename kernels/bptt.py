@@ -143,6 +143,7 @@ def backward(
         first, last = backs[q], backs[q + 1]
         rows = steps[last] - steps[first]
         d, dp = at(work, flip * G * slab), at(work, at_dp + flip * PP * slab)
+        latest = chunk
         for t in range(last - 1, first - 1, -1):
             while chunks[chunk] > t:
                 chunk -= 1
@@ -262,10 +263,10 @@ def backward(
                 sums = at(d_out.peepholes, u * L)
                 n = 0 if new else L
                 p_i, p_f, p_o = load(sums, n), load(at(sums, U * L), n), load(at(sums, 2 * U * L), n)
+                here = latest
                 for t in range(last - 1, first - 1, -1):
-                    here = 0
-                    while chunks[here + 1] <= t:
-                        here += 1
+                    while chunks[here] > t:
+                        here -= 1
                     base = steps[chunks[here]]
                     g_slab = (steps[chunks[here + 1]] - base) * W
                     for row in range(steps[t + 1] - 1, steps[t] - 1, -1):

@@ -42,7 +42,7 @@ from .activations import sigmoid, tanh
 from .barrier import meet
 from .compiler import kernel, part
 from .gemm import Left, Panels, load, pack_rows, panels, product, store, zeros
-from .lstm import _clipped, _not_clipped
+from .lstm import clipped, not_clipped
 from .tile import ROWS, at, fma, lanes, width
 
 EPSILON = 1e-5
@@ -139,14 +139,14 @@ def lstm_advance(cell, weights, u, v, gates, before, normal, s, h, scratch):
         if cell.peephole:
             a_i, a_f = fma(load(at(units, 2 * H + j), n), c, a_i), fma(load(at(units, 3 * H + j), n), c, a_f)
         if cell.clip > 0:
-            a_i, a_f, a_g = _clipped(cell, a_i), _clipped(cell, a_f), _clipped(cell, a_g)
+            a_i, a_f, a_g = clipped(cell, a_i), clipped(cell, a_f), clipped(cell, a_g)
         f, g = sigmoid(a_f), tanh(a_g)
         i = 1.0 - f if cell.coupled else sigmoid(a_i)
         c = f * c + i * g
         if cell.peephole:
             a_o = fma(load(at(units, 4 * H + j), n), c, a_o)
         if cell.clip > 0:
-            a_o = _clipped(cell, a_o)
+            a_o = clipped(cell, a_o)
         store(i, at(gates, j), n)
         store(f, at(gates, H + j), n)
         store(g, at(gates, 2 * H + j), n)
@@ -171,7 +171,7 @@ def lstm_retreat(cell, weights, u, v, gates, before, normal, scale, zone, zoned,
         tanh_c = tanh(fma(load(at(units, j), n), load(at(normal, j), n), load(at(units, H + j), n)))
         da_o = dh_t * tanh_c * o * (1.0 - o)
         if cell.clip > 0:
-            da_o = da_o * _not_clipped(cell, sigmoid, o)
+            da_o = da_o * not_clipped(cell, sigmoid, o)
         store(da_o, at(du, of_f + 2 * H + j), n)
         store(dh_t * o * (1.0 - tanh_c * tanh_c), at(dn, j), n)
     plain, weighted = _means(dn, units, normal, H, scratch)
@@ -191,8 +191,8 @@ def lstm_retreat(cell, weights, u, v, gates, before, normal, scale, zone, zoned,
             df = df - di
         da_i, da_f, da_g = di * i * (1.0 - i), df * f * (1.0 - f), dc * i * (1.0 - g * g)
         if cell.clip > 0:
-            da_i, da_f = da_i * _not_clipped(cell, sigmoid, i), da_f * _not_clipped(cell, sigmoid, f)
-            da_g = da_g * _not_clipped(cell, tanh, g)
+            da_i, da_f = da_i * not_clipped(cell, sigmoid, i), da_f * not_clipped(cell, sigmoid, f)
+            da_g = da_g * not_clipped(cell, tanh, g)
         dc_before = dc * f
         if cell.peephole:
             dc_before = fma(da_f, load(at(units, 3 * H + j), n), dc_before)

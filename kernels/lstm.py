@@ -54,12 +54,12 @@ def _peephole(cell, extra, k, u):
 
 
 @part
-def _clipped(cell, a):
+def clipped(cell, a):
     return at_least(at_least(a, -cell.clip) * -1.0, -cell.clip) * -1.0
 
 
 @part
-def _not_clipped(cell, activation, gate):
+def not_clipped(cell, activation, gate):
     """1 where a gate's sum lay within its bounds, else 0."""
     zero = gate * 0.0
     high, low = activation(zero + cell.clip), activation(zero - cell.clip)
@@ -74,14 +74,14 @@ def advance_with_options(cell, extra, u, a, c, save):
     if cell.peephole:
         a_i, a_f = fma(_peephole(cell, extra, 0, u), c, a_i), fma(_peephole(cell, extra, 1, u), c, a_f)
     if cell.clip > 0:
-        a_i, a_f, a_g = _clipped(cell, a_i), _clipped(cell, a_f), _clipped(cell, a_g)
+        a_i, a_f, a_g = clipped(cell, a_i), clipped(cell, a_f), clipped(cell, a_g)
     f, g = sigmoid(a_f), tanh(a_g)
     i = 1.0 - f if cell.coupled else sigmoid(a_i)
     c = f * c + i * g
     if cell.peephole:
         a_o = fma(_peephole(cell, extra, 2, u), c, a_o)
     if cell.clip > 0:
-        a_o = _clipped(cell, a_o)
+        a_o = clipped(cell, a_o)
     o = sigmoid(a_o)
     if save:
         store(i, a, L)
@@ -99,7 +99,7 @@ def retreat_with_options(cell, extra, u, a, d, c_before, dh, dc, n):
     tanh_c = tanh(c)
     da_o = dh * tanh_c * o * (1.0 - o)
     if cell.clip > 0:
-        da_o = da_o * _not_clipped(cell, sigmoid, o)
+        da_o = da_o * not_clipped(cell, sigmoid, o)
     dc = dc + dh * o * (1.0 - tanh_c * tanh_c)
     if cell.peephole:
         dc = fma(da_o, _peephole(cell, extra, 2, u), dc)
@@ -110,8 +110,8 @@ def retreat_with_options(cell, extra, u, a, d, c_before, dh, dc, n):
     da_f = df * f * (1.0 - f)
     da_g = dc * i * (1.0 - g * g)
     if cell.clip > 0:
-        da_i, da_f = da_i * _not_clipped(cell, sigmoid, i), da_f * _not_clipped(cell, sigmoid, f)
-        da_g = da_g * _not_clipped(cell, tanh, g)
+        da_i, da_f = da_i * not_clipped(cell, sigmoid, i), da_f * not_clipped(cell, sigmoid, f)
+        da_g = da_g * not_clipped(cell, tanh, g)
     dc_before = dc * f
     if cell.peephole:
         dc_before = fma(da_f, _peephole(cell, extra, 1, u), dc_before)
