@@ -286,7 +286,11 @@ def test_outputs_are_the_streams_own_memory(case, options):
 
 
 def allocated(function, times):
-    """What so many calls have left behind, and the most that one of them had, in bytes."""
+    """What so many calls leave behind, and the most that one of them has, in bytes.
+
+    The least of five rounds: other threads of the process allocate now and then, a call does so in every round.
+    """
+    kept, most = [], []
     gc.collect()
     gc.disable()
     try:
@@ -294,15 +298,18 @@ def allocated(function, times):
             function()
         tracemalloc.start()
         function()
-        before, _ = tracemalloc.get_traced_memory()
-        tracemalloc.reset_peak()
-        for _ in range(times):
-            function()
-        after, peak = tracemalloc.get_traced_memory()
+        for _ in range(5):
+            before, _ = tracemalloc.get_traced_memory()
+            tracemalloc.reset_peak()
+            for _ in range(times // 5):
+                function()
+            after, peak = tracemalloc.get_traced_memory()
+            kept.append(after - before)
+            most.append(peak - before)
     finally:
         tracemalloc.stop()
         gc.enable()
-    return after - before, peak - before
+    return min(kept), min(most)
 
 
 @depths
@@ -313,7 +320,7 @@ def test_a_step_allocates_nothing(case, B, num_layers):
     layer = make(case, 600, 400, num_layers=num_layers)
     stream, x = layer.stream(B), np.ones((B, 600), np.float32)
     kept, most = allocated(lambda: stream.step(x), 1000 if num_layers == 1 else 200)
-    assert kept < 1000
+    assert kept < 200
     assert most < 1600
 
 
@@ -322,7 +329,7 @@ def test_nor_for_an_x_that_has_to_be_copied(layout):
     layer = make("GRU", 900, 8)
     stream, x = layer.stream(3), LAYOUTS[layout](np.ones((3, 900), np.float32))
     kept, most = allocated(lambda: stream.step(x), 1000)
-    assert kept < 1000
+    assert kept < 200
     assert most < 3600
 
 
