@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from queue import SimpleQueue
 from typing import Any
@@ -158,6 +158,25 @@ def get_num_threads() -> int:
     return _num_threads
 
 
+@contextmanager
+def at_most(n: int) -> Iterator[None]:
+    """In a ``with`` block, let the calling thread's calls use at most ``n`` threads, besides `get_num_threads`."""
+    before = _most()
+    _own.most = min(n, before)
+    try:
+        yield
+    finally:
+        _own.most = before
+
+
+def _most() -> int:
+    return getattr(_own, "most", sys.maxsize)
+
+
+# What one thread has set for itself.
+_own = threading.local()
+
+
 def together(parties: int, call: Call) -> None:
     """Make ``call(me, parties, barrier)`` once for every ``me``, at once, on up to ``parties`` threads.
 
@@ -299,9 +318,10 @@ def full_chunks(T: int, B: int, rows: int) -> Array:
 
 def parties_for(work: float, batch: int, hidden: int, dtype: np.dtype) -> int:
     """How many threads a call of so many multiply-adds may use."""
-    if _num_threads == 1 or work < WORTH_A_THREAD:
+    threads = min(_num_threads, _most())
+    if threads == 1 or work < WORTH_A_THREAD:
         return 1
-    return min(_num_threads, max(batch // 4, -(-hidden // (VECS * LANES_OF[dtype]))))
+    return min(threads, max(batch // 4, -(-hidden // (VECS * LANES_OF[dtype]))))
 
 
 def share_of(me: int, parties: int, batch: int, hidden: int, dtype: np.dtype) -> Share:

@@ -88,14 +88,14 @@ def run_direction(
     sequences: Sequences,
     masks: dict[tuple[Any, ...], Any],
     packs: tuple[kernels.Weights, kernels.Weights],
-    save: bool,
+    tape: dict[tuple[int, int], Any] | None,
 ) -> Any:
     """As the method, over at least one row."""
     cell, dtype, (N, I), B, W = layer.cell, layer.dtype, x.shape, sequences.B, VECS * LANES_OF[layer.dtype]
     H, P, M, functions = cell.H, cell.P, cell.gates * cell.H, LSTM if layer.STATES == 2 else GRU
     steps, multiply, chunks = sequences.steps, multiply_addresses(dtype), sequences.chunks(ROWS_FORWARD)
     mask_arrays = kernel_masks(masks, key, dtype) or no_masks(dtype)
-    work = N * M * (I + P)
+    work, save = N * M * (I + P), tape is not None
     parties = min(B, batching.parties_for(work, B, H, dtype))
 
     R, saved = N if save else max(B, sequences.largest(chunks)), N if save else 0
@@ -126,10 +126,11 @@ def run_direction(
     sequences.unsorted(sequences.last(y, h_0), after[0])
     if layer.STATES == 2:
         sequences.unsorted(s, after[1])
-    if not save:
+    if tape is None:
         return None
+    tape[key] = buffers
 
-    def backward(dy: Array, d_after: list[Array], d_before: list[Array], sums: Any) -> Array:
+    def backward(dy: Array, d_after: list[Array], d_before: list[Array], sums: Any, tape: Any) -> Array:
         backs, fresh = sequences.chunks(ROWS_BACKWARD), key not in sums
         parties = min(B, batching.parties_for(2 * work, B, H, dtype))
         R = sequences.largest(backs)
@@ -141,7 +142,7 @@ def run_direction(
 
         def call(me: int, parties: int, barrier: Array) -> None:
             functions.backward(
-                layer.record, dy, packs[1], buffers, out, space, steps, backs, mask_arrays, fresh,
+                layer.record, dy, packs[1], tape[key], out, space, steps, backs, mask_arrays, fresh,
                 sequences.share(me, parties, 1, dtype), barrier, multiply,
             )  # fmt: skip
 

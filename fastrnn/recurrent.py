@@ -42,6 +42,8 @@ Pullback = Callable[..., tuple[Array, Any, Gradients]]
 Key = tuple[int, int]
 Sums = dict[Key, list[Array]]
 Packs = dict[Key, tuple[Any, Any]]
+# What each direction's backward pass reads of its forward pass.
+Tape = dict[Key, Any]
 
 # Rows whose input projections are computed at once: enough for tall tiles, few enough that the gates are still in the
 # second-level cache when the recurrence adds to them.
@@ -336,7 +338,7 @@ class Recurrent(Module):
             return self._sequence(y[None], batched), self._state(after, batched)
         sequences = self._sequences(x, lengths)
         packs = self._packs(save=False)
-        y, after, _ = self._run(sequences.rows(x), before, sequences, self._expected_masks(), packs, save=False)
+        y, after, _ = self._run(sequences.rows(x), before, sequences, self._expected_masks(), packs)
         return self._sequence(sequences.padded(y), batched), self._state(after, batched)
 
     def vjp(
@@ -374,7 +376,8 @@ class Recurrent(Module):
             x = x.copy()  # it is read again
         masks = draw_masks(self, sequences, rng or self._rng)
         packs = self._packs(save=True)
-        rows, after, backward = self._run(sequences.rows(x), before, sequences, masks, packs, True, checkpoint)
+        tape: Tape = {}
+        rows, after, backward = self._run(sequences.rows(x), before, sequences, masks, packs, tape, checkpoint)
         y = self._sequence(sequences.padded(rows), batched)
         shape = y.shape
 
@@ -386,7 +389,7 @@ class Recurrent(Module):
                 check = as_checked if checkpoint else as_kernel_array
                 d = sequences.rows(self._time_first(check(dy, "dy", self.dtype, shape), batched))
             sums: Sums = {}
-            d, d_before = backward(d, self._state_arrays(dstate, "dstate", B, batched), sums)
+            d, d_before = backward(d, self._state_arrays(dstate, "dstate", B, batched), sums, tape)
             return self._sequence(sequences.padded(d), batched), self._state(d_before, batched), self._named(sums)
 
         return (y, self._state(after, batched)), pullback
@@ -398,13 +401,13 @@ class Recurrent(Module):
         sequences: Sequences,
         masks: Masks,
         packs: Packs,
-        save: bool,
+        tape: Tape | None = None,
         checkpoint: int | None = None,
     ) -> tuple[Array, tuple[Array, ...], Any]:
-        """Run all layers over rows x (N, I). Returns y, the state after it, and if ``save`` the backward pass.
+        """Run all layers over rows x (N, I). Returns y, the state after it, and if there is a tape the backward pass.
 
-        That takes dy, the gradient by the state after it, and the sums of gradients by weights, to which it adds its
-        own; it returns dx and the gradient by the state before it.
+        That takes dy, the gradient by the state after it, the sums of gradients by weights, to which it adds its own,
+        and the tape, as it is now; it returns dx and the gradient by the state before it.
         """
         P, D = self.cell.P, self.directions
         after = tuple([np.empty_like(s) for s in before])
@@ -417,18 +420,18 @@ class Recurrent(Module):
             for d in range(D):
                 states = [sequences.sorted(s[k * D + d]) for s in before], [s[k * D + d] for s in after]
                 x_d, y = sequences.reversed(x) if d else x, np.empty((sequences.N, P), self.dtype)
-                backwards[k, d] = run((k, d), x_d, y, *states, sequences, masks, packs[k, d], save)
+                backwards[k, d] = run((k, d), x_d, y, *states, sequences, masks, packs[k, d], tape)
                 ys.append(sequences.reversed(y) if d else y)
             x = ys[0] if D == 1 else np.concatenate(ys, 1)
 
-        def backward(dy: Array, d_after: tuple[Array, ...], sums: Sums) -> tuple[Array, tuple[Array, ...]]:
+        def backward(dy: Array, d_after: tuple[Array, ...], sums: Sums, tape: Tape) -> tuple[Array, tuple[Array, ...]]:
             d_before = tuple([np.empty_like(s) for s in d_after])
             for k in reversed(range(self.num_layers)):
                 dxs = []
                 for d in range(D):
                     states = [sequences.sorted(s[k * D + d]) for s in d_after], [s[k * D + d] for s in d_before]
                     dy_d = dy if D == 1 else np.ascontiguousarray(dy[:, d * P : (d + 1) * P])
-                    dx = backwards[k, d](sequences.reversed(dy_d) if d else dy_d, *states, sums)
+                    dx = backwards[k, d](sequences.reversed(dy_d) if d else dy_d, *states, sums, tape)
                     dxs.append(sequences.reversed(dx) if d else dx)
                 dy = dxs[0] if D == 1 else dxs[0] + dxs[1]
                 if ("dropout", k) in masks:
@@ -447,18 +450,18 @@ class Recurrent(Module):
         sequences: Sequences,
         masks: Masks,
         packs: tuple[Any, Any],
-        save: bool,
+        tape: Tape | None,
     ) -> Any:
-        """Run one direction of a layer. Writes ``y, after``. Returns the backward pass, if ``save``."""
+        """Run one direction of a layer. Writes ``y, after``. Returns the backward pass, if there is a tape."""
         cell, dtype, functions, (N, I), B = self.cell, self.dtype, self.kernels, x.shape, sequences.B
         if N == 0:
             for state, s_0 in zip(after, before):
                 sequences.unsorted(s_0, state)
             return partial(self._backward_of_nothing, key, I, sequences)
         if self.layer_norm:
-            return layer_norm.run_direction(self, key, x, y, before, after, sequences, masks, packs, save)
+            return layer_norm.run_direction(self, key, x, y, before, after, sequences, masks, packs, tape)
         steps, chunks = sequences.steps, sequences.chunks(ROWS_FORWARD if B > 1 else ROWS_FORWARD_ALONE)
-        work = N * cell.gates * cell.H * (I + cell.P)
+        work, save = N * cell.gates * cell.H * (I + cell.P), tape is not None
         parties = batching.parties_for(work, B, cell.H, dtype)
         most = sequences.largest(chunks)
         size = buffer_size(cell, N, B, I, most, LANES_OF[dtype], save, parties)
@@ -478,10 +481,11 @@ class Recurrent(Module):
         sequences.unsorted(sequences.last(y, h_0), after[0])
         if self.STATES == 2:
             sequences.unsorted(s_n, after[1])
-        if not save:
+        if tape is None:
             return None
+        tape[key] = buffer
 
-        def backward(dy: Array, d_after: list[Array], d_before: list[Array], sums: Sums) -> Array:
+        def backward(dy: Array, d_after: list[Array], d_before: list[Array], sums: Sums, tape: Tape) -> Array:
             backs = sequences.chunks(ROWS_BACKWARD)
             parties = batching.parties_for(2 * work, B, cell.H, dtype)
             # Two buffers, so that one is filled while another thread still reads the other.
@@ -494,7 +498,7 @@ class Recurrent(Module):
 
             def call(me: int, parties: int, barrier: Array) -> None:
                 functions.backward(
-                    self.record, dy, dh_n, ds_n, packs[1], buffer, out, space, buffers, steps, chunks, backs, most,
+                    self.record, dy, dh_n, ds_n, packs[1], tape[key], out, space, buffers, steps, chunks, backs, most,
                     mask_arrays, fresh, sequences.share(me, parties, cell.H, dtype), barrier, multiply,
                 )  # fmt: skip
 
@@ -516,7 +520,7 @@ class Recurrent(Module):
         sequences: Sequences,
         masks: Masks,
         packs: tuple[Any, Any],
-        save: bool,
+        tape: Tape | None,
     ) -> Any:
         """As `_run_direction`, of so many steps at a time, which are run again when the backward pass comes to them."""
         state, stretches = before, []
@@ -525,21 +529,24 @@ class Recurrent(Module):
                 name: m[first:last] if len(m) == sequences.N and name[0] != "recurrent" else m
                 for name, m in masks.items()
             }
-            arguments = key, x[first:last], y[first:last], state
+            stretches.append((first, last, state, part, part_masks))
             state = [np.empty_like(s) for s in state]
-            self._run_direction(*arguments, state, part, part_masks, packs, False)
-            stretches.append((first, last, arguments, (part, part_masks, packs, True)))
+            self._run_direction(
+                key, x[first:last], y[first:last], stretches[-1][2], state, part, part_masks, packs, None
+            )
         for s_n, s in zip(after, state):
             sequences.unsorted(s, s_n)
 
-        def backward(dy: Array, d_after: list[Array], d_before: list[Array], sums: Sums) -> Array:
+        def backward(dy: Array, d_after: list[Array], d_before: list[Array], sums: Sums, _: Tape) -> Array:
             dx, d_state = np.empty_like(x), d_after
-            for first, last, (key, x_part, y_part, state), rest in reversed(stretches):
+            for first, last, state, part, part_masks in reversed(stretches):
+                tape: Tape = {}
+                y_again, after_again = np.empty_like(y[first:last]), [np.empty_like(s) for s in state]
                 again = self._run_direction(
-                    key, x_part, np.empty_like(y_part), state, [np.empty_like(s) for s in state], *rest
+                    key, x[first:last], y_again, state, after_again, part, part_masks, packs, tape
                 )
                 d_next, d_state = d_state, [np.empty_like(s) for s in d_state]
-                dx[first:last] = again(np.ascontiguousarray(dy[first:last]), d_next, d_state, sums)
+                dx[first:last] = again(np.ascontiguousarray(dy[first:last]), d_next, d_state, sums, tape)
             for d_0, d in zip(d_before, d_state):
                 sequences.unsorted(d, d_0)
             return dx
@@ -564,7 +571,7 @@ class Recurrent(Module):
         return bptt.Gradients(rows, h_0, s_0, *sums[key])
 
     def _backward_of_nothing(
-        self, key: Key, I: int, sequences: Sequences, dy: Array, d_after: Any, d_before: Any, sums: Sums
+        self, key: Key, I: int, sequences: Sequences, dy: Array, d_after: Any, d_before: Any, sums: Sums, _: Tape
     ) -> Array:
         """The backward pass over no rows."""
         for d_state, d in zip(d_before, d_after):

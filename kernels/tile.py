@@ -150,6 +150,16 @@ def at(typing, base, offset):
 
 
 @intrinsic
+def pointer(typing, address, like):
+    """An integer as the address of numbers of the array ``like``'s type."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(types.int64, like), codegen
+
+
+@intrinsic
 def lanes(typing, address):
     """How many numbers of the address's type a vector holds."""
     return types.int64(address), lambda context, builder, signature, args: I64(LANES[address.dtype])
@@ -188,6 +198,20 @@ def load_part(typing, address, n):
         return _load_part(builder, *args)
 
     return Vector(address.dtype)(address, types.int64), codegen
+
+
+@intrinsic
+def sum_of(typing, vector):
+    """The sum of a vector's numbers, by halves."""
+
+    def codegen(context, builder, signature, args):
+        value = args[0]
+        while (n := value.type.count) > 1:
+            first, second = [ir.Constant(ir.VectorType(I32, n // 2), list(range(i, i + n // 2))) for i in (0, n // 2)]
+            value = builder.fadd(*[builder.shuffle_vector(value, value, half) for half in (first, second)])
+        return builder.extract_element(value, I32(0))
+
+    return vector.dtype(vector), codegen
 
 
 @intrinsic
