@@ -18,32 +18,40 @@ __version__ = "0.1.0"
 
 from . import losses, models, optim, training
 from .batching import get_num_threads, set_num_threads
+from .beam import beam_search, greedy
 from .bptt import truncated_bptt
 from .cells import GRUCell, LSTMCell, RNNCell
+from .decoding import Constraints
 from .heads import Embedding, Linear
 from .layers import GRU, LSTM, RNN
 from .losses import cross_entropy
 from .models import LanguageModel
 from .optim import clip_grad_norm, clip_grad_value
+from .sampling import sample, stochastic_beam_search
 
 __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "Constraints",
     "Embedding",
     "GRUCell",
     "LSTMCell",
     "LanguageModel",
     "Linear",
     "RNNCell",
+    "beam_search",
     "clip_grad_norm",
     "clip_grad_value",
     "cross_entropy",
     "get_num_threads",
+    "greedy",
     "losses",
     "models",
     "optim",
+    "sample",
     "set_num_threads",
+    "stochastic_beam_search",
     "training",
     "truncated_bptt",
 ]

@@ -7,13 +7,17 @@ from typing import Any
 
 import numpy as np
 
+from .beam import Hypotheses, beam_search, greedy
 from .checks import as_array, as_indices, as_kernel_array, as_seed, describe, integer, number, probability
+from .decoding import map_arrays
 from .heads import Embedding, Linear
+from .kernels.search import log_softmax
 from .layers import GRU, LSTM, RNN
 from .losses import cross_entropy
 from .masks import drop
 from .parameters import Array, JoinedParameters, Module, read_file
 from .recurrent import Gradients, Recurrent
+from .sampling import Samples, StochasticBeams, sample, stochastic_beam_search
 
 # Arrays of a checkpoint that are not the model's parameters are named so.
 CHECKPOINT_PREFIX = "training."
@@ -221,6 +225,54 @@ class LanguageModel(Module):
         (logits, state), pullback = self.vjp(tokens, state, rng)
         loss, dlogits = cross_entropy(logits, targets)
         return loss, state, pullback(dlogits)[1]
+
+    def step(self, tokens: Any, state: Any = None) -> tuple[Array, Any]:
+        """One step as `fastrnn.beam_search` and its like take it, with the batch first in every array.
+
+        Args:
+            tokens: integers (B,).
+            state: before them, arrays (B, num_layers, H) as a call returns them but for the order of axes; None
+                stands for zeros.
+
+        Returns ``log_probs, state``: float64 (B, V), of the tokens that come next, and the state after these.
+
+        Raises TypeError or ValueError for an array of a wrong dtype or shape, or a token out of range.
+        """
+        tokens = as_array(tokens, "tokens")
+        if tokens.ndim != 1:
+            raise ValueError(f"tokens: expected shape (B,), got {tokens.shape}")
+        swap = lambda array: np.ascontiguousarray(as_array(array, "state").swapaxes(0, 1))  # noqa: E731
+        logits, after = self(tokens[None], map_arrays(swap, state))
+        log_probs = np.empty(logits.shape[1:])
+        log_softmax(logits[0], log_probs, np.empty(64, self.dtype))
+        return log_probs, map_arrays(swap, after)
+
+    def beam_search(self, state: Any = None, **options: Any) -> Hypotheses:
+        """The likeliest continuations: `fastrnn.beam_search` of the model, in a compiled loop, with its options.
+
+        ``state`` is as a call takes and returns it; None stands for zeros. To continue a prompt:
+
+        >>> import fastrnn
+        >>> model = fastrnn.LanguageModel(3, 8, 16, seed=0, vocabulary="abc")
+        >>> prompt = model.vocabulary.encode("abcab")
+        >>> _, state = model(prompt[:-1, None])
+        >>> best = model.beam_search(state, bos=prompt[-1], eos=None, beam_size=4, max_length=10, num_return=2)
+        >>> [len(model.vocabulary.decode(tokens)) for tokens in best.tokens[0]]
+        [10, 10]
+        """
+        return beam_search(self, state, **options)
+
+    def greedy(self, state: Any = None, **options: Any) -> Hypotheses:
+        """The likeliest token at each step: `fastrnn.greedy` of the model, as `beam_search` above."""
+        return greedy(self, state, **options)
+
+    def sample(self, state: Any = None, **options: Any) -> Samples:
+        """Sequences drawn token by token: `fastrnn.sample` of the model, as `beam_search` above."""
+        return sample(self, state, **options)
+
+    def stochastic_beam_search(self, state: Any = None, **options: Any) -> StochasticBeams:
+        """Sequences without replacement: `fastrnn.stochastic_beam_search` of the model, as `beam_search` above."""
+        return stochastic_beam_search(self, state, **options)
 
     def generate(
         self, prompt_tokens: Any, length: int, temperature: float = 1.0, rng: np.random.Generator | None = None

@@ -201,20 +201,6 @@ def load_part(typing, address, n):
 
 
 @intrinsic
-def sum_of(typing, vector):
-    """The sum of a vector's numbers, by halves."""
-
-    def codegen(context, builder, signature, args):
-        value = args[0]
-        while (n := value.type.count) > 1:
-            first, second = [ir.Constant(ir.VectorType(I32, n // 2), list(range(i, i + n // 2))) for i in (0, n // 2)]
-            value = builder.fadd(*[builder.shuffle_vector(value, value, half) for half in (first, second)])
-        return builder.extract_element(value, I32(0))
-
-    return vector.dtype(vector), codegen
-
-
-@intrinsic
 def store_whole(typing, vector, address):
     def codegen(context, builder, signature, args):
         _store(builder, *args)
@@ -471,6 +457,54 @@ def row_and_tile_product_of_three(
 
 
 # Arithmetic. A Python number takes the vector's dtype, so that an equation reads as it is written.
+
+
+@intrinsic
+def dot_products(typing, w, row, rows, x, K):
+    """``w @ x`` for as many rows of K numbers as a vector has lanes, ``row`` numbers apart; w and x are addresses.
+
+    With fewer ``rows`` than lanes, the last one stands for those that are not there.
+    """
+
+    def codegen(context, builder, signature, args):
+        w, row, rows, x, K = args
+        n, vector = LANES[signature.return_type.dtype], _vector(w.type.pointee)
+        last = builder.sub(rows, I64(1))
+        places = []
+        for i in range(n):
+            i = builder.select(builder.icmp_signed("<", I64(i), last), I64(i), last)
+            places.append(builder.gep(w, [builder.mul(i, row)]))
+        sums = [cgutils.alloca_once_value(builder, ir.Constant(vector, None)) for _ in range(n)]
+        whole = builder.and_(K, I64(-n))
+
+        def add(k, load):
+            right = load(builder.gep(x, [k]))
+            for s, place in zip(sums, places):
+                builder.store(_fma(builder, load(builder.gep(place, [k])), right, builder.load(s)), s)
+
+        with cgutils.for_range_slice(builder, I64(0), whole, I64(n)) as (k, _):
+            add(k, lambda address: _load(builder, address))
+        with builder.if_then(builder.icmp_signed("<", whole, K)):
+            add(whole, lambda address: _load_part(builder, address, builder.sub(K, whole)))
+        return _sums_by_lane(builder, [builder.load(s) for s in sums])
+
+    return Vector(x.dtype)(w, types.int64, types.int64, x, types.int64), codegen
+
+
+def _sums_by_lane(builder, vectors):
+    """The vector whose lane i is the sum of the i-th vector's lanes, of as many vectors as there are lanes."""
+    n = vectors[0].type.count
+    d = n // 2
+    while len(vectors) > 1:  # vector i of a pair keeps lanes i, i + 2 d, ... of d each, to which the others are added
+        half = len(vectors) // 2
+        added = []
+        for a, b in zip(vectors[:half], vectors[half:]):
+            low = [lane if not lane & d else n + lane - d for lane in range(n)]
+            high = [lane + d if not lane & d else n + lane for lane in range(n)]
+            parts = [builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, n), at)) for at in (low, high)]
+            added.append(builder.fadd(*parts))
+        vectors, d = added, d // 2
+    return vectors[0]
 
 
 def _elementwise(function):
