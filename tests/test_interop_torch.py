@@ -550,6 +550,18 @@ def test_what_kernels_do_not_run_is_refused(kind):
             module(x.to(weight.dtype).to(weight.device))
 
 
+def test_a_state_may_be_a_list():
+    _, ours = pair("LSTM", 3, 5)
+    x, *state = inputs_of(ours, 4, 2, True)
+    packed = rnn_utils.pack_padded_sequence(x, [4, 4])
+    expected = ours(x, tuple(state))[0]
+    assert torch.equal(ours(x, state)[0], expected)
+    assert torch.equal(ours(packed, state)[0].data.view_as(expected), expected)
+    _, cell = pair("LSTMCell", 3, 5)
+    x, *state = cell_inputs(cell, 2)
+    assert torch.equal(cell(x, state)[0], cell(x, tuple(state))[0])
+
+
 def test_nan_comes_out_as_nan():
     for case in ("GRU", "LSTM"):
         _, ours = pair(case, 3, 5)

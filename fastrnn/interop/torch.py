@@ -210,7 +210,7 @@ def _sequence_function(kind: str) -> Callable[..., Any]:
     def run(x: Tensor, *arguments: Any) -> Any:
         if _recorded() or x.numel() == 0:
             return original(x, *arguments)
-        if isinstance(arguments[1], Tensor | tuple):
+        if not isinstance(arguments[2], bool):
             batch_sizes, hx, weights, bias, num_layers, dropout, train, bidirectional = arguments
             sequences, batch_first = _packed_sequences(batch_sizes), False
         else:
@@ -224,7 +224,7 @@ def _sequence_function(kind: str) -> Callable[..., Any]:
             for k in range(1, num_layers):
                 ones = torch.ones(*leading, size, dtype=weights[0].dtype)
                 masks["dropout", k] = _array(nn.functional.dropout(ones, dropout)).reshape(-1, size)
-        states = hx if isinstance(hx, tuple) else (hx,)
+        states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
         y, *after = _recurrence(layer, weights, sequences, masks, x.reshape(-1, x.shape[-1]), *states)
         y = y.view(*leading, -1)
         return y.transpose(0, 1) if batch_first else y, *after
@@ -239,7 +239,7 @@ def _cell_function(kind: str) -> Callable[..., Any]:
     def run(x: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> Any:
         if _recorded() or x.numel() == 0:
             return original(x, hx, w_ih, w_hh, b_ih, b_hh)
-        states = hx if isinstance(hx, tuple) else (hx,)
+        states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
         (B, I), H = x.shape, w_hh.shape[1]
         if w_ih.shape[1] != I:
             raise RuntimeError(f"input: expected shape (B, {w_ih.shape[1]}), got {tuple(x.shape)}")
@@ -334,6 +334,20 @@ def _on_kernels(forward: Any) -> Any:
     return ours
 
 
+def _of_cell(theirs: Any, function: Callable[..., Any]) -> Any:
+    """A cell's ``forward``, which finds a module's own parameters sooner: to look for them by name takes longer."""
+    general, names = _on_kernels(theirs.forward), ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]
+
+    def forward(self: nn.Module, input: Tensor, hx: Any = None) -> Any:
+        own = self._parameters
+        if hx is None or input.dim() != 2 or list(own) != names:
+            return general(self, input, hx)
+        return function(input, hx, *own.values())
+
+    forward.__doc__ = theirs.forward.__doc__
+    return forward
+
+
 class RNN(nn.RNN):
     """`torch.nn.RNN` on fastrnn's kernels; see the module's text for what differs."""
 
@@ -361,13 +375,13 @@ class RNNCell(nn.RNNCell):
 class LSTMCell(nn.LSTMCell):
     """`torch.nn.LSTMCell` on fastrnn's kernels; see the module's text for what differs."""
 
-    forward = _on_kernels(nn.LSTMCell.forward)
+    forward = _of_cell(nn.LSTMCell, _FUNCTIONS.lstm_cell)
 
 
 class GRUCell(nn.GRUCell):
     """`torch.nn.GRUCell` on fastrnn's kernels; see the module's text for what differs."""
 
-    forward = _on_kernels(nn.GRUCell.forward)
+    forward = _of_cell(nn.GRUCell, _FUNCTIONS.gru_cell)
 
 
 OURS: dict[Any, Any] = {
