@@ -1,0 +1,609 @@
+"""Decoding: the choice of a step's tokens among log-probabilities, and the whole loop over steps of a language model.
+
+Sizes: S searches of K hypotheses each, which stand in rows ``s K + k``; V tokens; T steps at most.
+
+A method of decoding is a function ``choose(search, t, s, x, r)``: search s, whose hypotheses have t tokens, is given
+those of t + 1 tokens. Rows r to r + K - 1 of x are the logits of their next tokens, or log-probabilities; x may be
+written to. ``search`` is a named tuple of numbers and C-contiguous arrays that belong to the caller, of each method its
+own; all begin with `COMMON`:
+
+    tokens, parents int64 (S, T, K)    what is chosen: the token, and which of the K hypotheses it continues
+    log_probs float64 (S, K)           of the hypotheses; -inf where there is none
+    open int64 (S)                     `OPEN`, `CLOSED`, or what is wrong with x
+    starts int64 (S)                   the token before the first one
+    eos, min_length                    the token that ends (-1: none does), and not before there are so many tokens
+    banned int64                       tokens that are never chosen
+    temperature, normalise             x is divided by it; whether x is then to be normalised
+    lane (64)                          workspace, of x's dtype
+
+Of equal candidates, the one that continues an earlier hypothesis comes first, and then the lesser token.
+Nothing is allocated here.
+"""
+
+import math
+from collections import namedtuple
+
+import numpy as np
+
+from . import gru, linear, lstm, rnn
+from .activations import exp_nonpositive
+from .barrier import meet
+from .cell import geometry, packed_layout, place
+from .compiler import kernel, part, specialise
+from .gemm import Left, Panels, load, product, product_of_row, store, zeros
+from .recurrent import Packed, State
+from .tile import at, at_least, lanes, load_part, load_whole, store_whole, width
+
+CLOSED, OPEN, NOT_A_NUMBER, NOT_A_LOG_PROBABILITY = range(4)
+# A log-probability may be above 0 by rounding; what is farther above is none.
+ROUNDING = 1e-3
+# So many numbers at once are compared with what a candidate has to exceed.
+BLOCK = 64
+# The smallest temperature by which a float32 can be divided.
+COLDEST = 1e-37
+
+COMMON = "tokens parents log_probs open starts eos min_length banned temperature normalise lane"
+# What searches that run at once share, and what each must have for itself. Every other array has a part for each search.
+SHARED = {"banned", "penalties", "reach"}
+WORKSPACE = {"lane", "counts", "ranks", "totals", "candidates", "gumbels", "weights", "heap"}
+
+# `beam` is a beam search.
+#   prefix int64 (S, any)            tokens that hypotheses begin with; -1: free
+#   groups, diversity, counts        of so many searches, one after the other, the later ones avoid tokens that the
+#                                    earlier ones chose, float64 (V) times, at this price each
+#   penalties, reach float64 (T + 1) by length: what a finished hypothesis' log-probability is divided by, and the
+#                                    largest such number for what is yet longer
+#   enough                           close the search when so many hypotheses have ended
+#   ended int64 (S)                  how many have
+#   best_scores, best_log_probs float64 (S, R), best_places int64 (S, R, 3)
+#                                    the best finished hypotheses: length, parent and last token
+#   ranks, totals float64 (2 K), candidates int64 (2 K)    workspace
+Beam = namedtuple(
+    "Beam",
+    f"{COMMON} prefix groups diversity counts penalties reach enough ended best_scores best_log_probs best_places "
+    "ranks totals candidates",
+)
+
+# `stochastic` is a stochastic beam search: a hypothesis that has ended keeps its place, with eos again and again.
+#   noise float64 (S, any, K, V)     exponentially distributed; step t reads number t % any
+#   perturbed float64 (S, K)         the hypotheses' perturbed log-probabilities, in descending order
+#   gumbels float64 (V), ranks, totals float64 (K), candidates int64 (K)    workspace
+Stochastic = namedtuple("Stochastic", f"{COMMON} noise perturbed gumbels ranks totals candidates")
+
+# `draw` draws K sequences independently.
+#   noise float64 (S, any, K)        uniformly distributed; step t reads number t % any
+#   top_k, top_p, min_p              V, 1 and 0 cut nothing
+#   weights (V) of x's dtype, heap int64 (V)    workspace
+Draw = namedtuple("Draw", f"{COMMON} noise top_k top_p min_p weights heap")
+
+
+# What methods are made of.
+
+
+@part
+def _highest(x, V, lane):
+    """The maximum of V numbers at an address; a NaN may be passed over."""
+    L = lanes(x)
+    whole, highest = V - V % L, x[0]
+    if whole > 0:
+        maxima = load_whole(x)
+        for j in range(L, whole, L):
+            maxima = at_least(load_whole(at(x, j)), maxima)
+        store_whole(maxima, lane)
+        for l in range(L):
+            highest = max(highest, lane[l])
+    for j in range(whole, V):
+        highest = max(highest, x[j])
+    return np.float64(highest)
+
+
+@part
+def log_sum_exp(x, V, lane):
+    """``log(sum(exp(x)))`` of V numbers at an address; 0 if all are -inf, NaN if one is NaN or inf."""
+    L = lanes(x)
+    whole, highest = V - V % L, _highest(x, V, lane)
+    if highest == -np.inf:
+        total = 0.0
+        for j in range(V):
+            if x[j] != x[j]:
+                total = np.nan
+        return total
+    sums = zeros(x)
+    for j in range(0, whole, L):
+        sums = sums + exp_nonpositive(load_whole(at(x, j)) - highest)
+    store_whole(sums, lane)
+    total = 0.0
+    for l in range(L):
+        total += lane[l]
+    if whole < V:
+        store_whole(exp_nonpositive(load_part(at(x, whole), V - whole) - highest), lane)
+        for l in range(V - whole):
+            total += lane[l]
+    return highest + math.log(total)
+
+
+@part
+def _cool(search, x, V):
+    """Divide by the temperature."""
+    if search.temperature != 1:
+        lane = at(search.lane, 0)
+        highest = _highest(x, V, lane)
+        if highest > -np.inf:
+            for j in range(0, V, lanes(x)):
+                store((load(at(x, j), V - j) - highest) / max(search.temperature, COLDEST), at(x, j), V - j)
+
+
+@part
+def _forbid(search, t, x):
+    for token in search.banned:
+        x[token] = -np.inf
+    if search.eos >= 0 and t + 1 < search.min_length:
+        x[search.eos] = -np.inf
+
+
+@part
+def _normaliser(search, x, V):
+    """What is to be subtracted from x to make it log-probabilities; inf or NaN if it is none."""
+    if search.normalise:
+        return log_sum_exp(x, V, at(search.lane, 0))
+    wrong, positive = False, False
+    for j in range(V):
+        wrong |= x[j] != x[j]
+        positive |= x[j] > ROUNDING
+    return np.nan if wrong else np.inf if positive else 0.0
+
+
+@part
+def _is_wrong(search, s, normaliser):
+    """Whether x is; if so, the search says what is wrong."""
+    if normaliser < np.inf:
+        return False
+    search.open[s] = NOT_A_NUMBER if normaliser != normaliser else NOT_A_LOG_PROBABILITY
+    return True
+
+
+@part
+def _has_ended(search, t, s, k):
+    return t > 0 and search.eos >= 0 and search.tokens[s, t - 1, k] == search.eos
+
+
+@part
+def _some_exceed(x, n, bound):
+    found = False
+    for j in range(n):
+        found |= x[j] > bound
+    return found
+
+
+@part
+def _insert(ranks, totals, candidates, count, rank, total, candidate):
+    """Put a candidate in its place among ``count``, in descending order, if need be for the last; how many there are.
+
+    It comes after those of its rank.
+    """
+    i = count if count < len(ranks) else count - 1
+    while i > 0 and ranks[i - 1] < rank:
+        ranks[i], totals[i], candidates[i] = ranks[i - 1], totals[i - 1], candidates[i - 1]
+        i -= 1
+    ranks[i], totals[i], candidates[i] = rank, total, candidate
+    return count + 1 if count < len(ranks) else count
+
+
+# Beam search.
+
+
+@part
+def _set_aside(search, s, length, parent, token, log_prob):
+    """Keep a finished hypothesis, if it is among the best."""
+    scores, log_probs, places = search.best_scores, search.best_log_probs, search.best_places
+    score = log_prob / search.penalties[length]
+    i = scores.shape[1]
+    while i > 0 and scores[s, i - 1] < score:
+        i -= 1
+    for j in range(scores.shape[1] - 1, i, -1):
+        scores[s, j], log_probs[s, j] = scores[s, j - 1], log_probs[s, j - 1]
+        for l in range(3):
+            places[s, j, l] = places[s, j - 1, l]
+    if i < scores.shape[1]:
+        scores[s, i], log_probs[s, i] = score, log_prob
+        places[s, i, 0], places[s, i, 1], places[s, i, 2] = length, parent, token
+
+
+@part
+def beam(search, t, s, x, r):
+    """The K best expansions of K hypotheses; what ends among the K best is set aside, and the next ones take its place.
+
+    At most one expansion of each hypothesis ends: among the 2 K best there are K that go on.
+    """
+    K, V, T = search.log_probs.shape[1], x.shape[1], search.tokens.shape[1]
+    ranks, totals, candidates = search.ranks, search.totals, search.candidates
+    forced = search.prefix[s, t] if t < search.prefix.shape[1] else -1
+    diverse = search.groups > 1
+    if diverse and s % search.groups == 0:
+        search.counts[:] = 0
+    count = 0
+    for k in range(K):
+        before = search.log_probs[s, k]
+        if before == -np.inf:
+            continue
+        row = at(x, (r + k) * V)
+        _cool(search, row, V)
+        normaliser = _normaliser(search, row, V)
+        if _is_wrong(search, s, normaliser):
+            return
+        first, last = (0, V) if forced < 0 else (forced, forced + 1)
+        if forced < 0:
+            _forbid(search, t, row)
+        for j in range(first, last, BLOCK):
+            n = min(BLOCK, last - j)
+            least = ranks[count - 1] if count == len(ranks) else -np.inf
+            if count == len(ranks):
+                # What follows rounds otherwise: a little less than has to be exceeded.
+                slack = 1e-6 * (abs(least) + abs(before) + abs(normaliser))
+                if not _some_exceed(at(row, j), n, x.dtype.type(least - before + normaliser - slack)):
+                    continue
+            for v in range(j, j + n):
+                total = before + min(row[v] - normaliser, 0.0)
+                rank = total - search.diversity * search.counts[v] if diverse else total
+                if rank > least:
+                    count = _insert(ranks, totals, candidates, count, rank, total, k * V + v)
+                    if count == len(ranks):
+                        least = ranks[count - 1]
+
+    kept, bound = 0, -np.inf
+    for i in range(count):
+        k, v = candidates[i] // V, candidates[i] % V
+        if v == search.eos:
+            if i < K:
+                _set_aside(search, s, t + 1, k, v, totals[i])
+                search.ended[s] += 1
+        elif kept < K:
+            search.tokens[s, t, kept], search.parents[s, t, kept], search.log_probs[s, kept] = v, k, totals[i]
+            bound = max(bound, totals[i])
+            if diverse:
+                search.counts[v] += 1
+            if t + 1 == T:
+                _set_aside(search, s, T, k, v, totals[i])
+            kept += 1
+    for i in range(kept, K):
+        search.log_probs[s, i] = -np.inf
+    # A hypothesis' log-probability only falls, and is at most 0: whatever comes of an open one, its score is at most
+    # its log-probability now by the largest penalty that it can reach.
+    beaten = search.best_scores[s, -1] >= bound / search.reach[t + 1]
+    if t + 1 == T or kept == 0 or beaten or search.ended[s] >= search.enough:
+        search.open[s] = CLOSED
+
+
+# Stochastic beam search.
+
+
+@part
+def _log1mexp(x):
+    """``log(1 - exp(x))`` for x up to 0."""
+    return math.log(-math.expm1(x)) if x > -0.6931471805599453 else math.log1p(-math.exp(x))
+
+
+@part
+def _given_maximum(gumbel, highest, maximum):
+    """``-log(exp(-maximum) - exp(-highest) + exp(-gumbel))``: one of the Gumbel variables whose maximum is ``highest``,
+    as if that had been ``maximum`` (Kool, van Hoof and Welling 2019, appendix B.3)."""
+    v = maximum - gumbel + (_log1mexp(gumbel - highest) if gumbel < highest else -np.inf)
+    return maximum - max(0.0, v) - math.log1p(math.exp(-abs(v)))
+
+
+@part
+def stochastic(search, t, s, x, r):
+    """The K largest perturbed log-probabilities among K hypotheses' expansions, and those that have ended."""
+    K, V = search.log_probs.shape[1], x.shape[1]
+    ranks, totals, candidates, gumbels = search.ranks, search.totals, search.candidates, search.gumbels
+    count = 0
+    for k in range(K):
+        before, maximum = search.log_probs[s, k], search.perturbed[s, k]
+        if before == -np.inf:
+            continue
+        least = ranks[count - 1] if count == len(ranks) else -np.inf
+        if _has_ended(search, t, s, k):
+            if maximum > least:
+                count = _insert(ranks, totals, candidates, count, maximum, before, k * V + search.eos)
+            continue
+        row = at(x, (r + k) * V)
+        _cool(search, row, V)
+        normaliser = _normaliser(search, row, V)
+        if _is_wrong(search, s, normaliser):
+            return
+        period = search.noise.shape[1]
+        noise, highest = at(search.noise, ((s * period + t % period) * K + k) * V), -np.inf
+        for v in range(V):
+            gumbels[v] = before + (row[v] - normaliser) - math.log(max(noise[v], 1e-300))
+            highest = max(highest, gumbels[v])
+        # No number grows by more than the highest one does.
+        growth = max(0.0, maximum - highest)
+        for v in range(V):
+            least = ranks[count - 1] if count == len(ranks) else -np.inf
+            if gumbels[v] + growth > least - 1e-9 * abs(least) if least > -np.inf else gumbels[v] > -np.inf:
+                rank = _given_maximum(gumbels[v], highest, maximum)
+                if rank > least:
+                    total = before + (row[v] - normaliser)
+                    count = _insert(ranks, totals, candidates, count, rank, total, k * V + v)
+
+    search.open[s] = CLOSED
+    for i in range(K):
+        search.log_probs[s, i] = search.perturbed[s, i] = -np.inf
+        if i < count:
+            search.tokens[s, t, i], search.parents[s, t, i] = candidates[i] % V, candidates[i] // V
+            search.log_probs[s, i], search.perturbed[s, i] = totals[i], ranks[i]
+            if candidates[i] % V != search.eos and t + 1 < search.tokens.shape[1]:
+                search.open[s] = OPEN
+
+
+# Sampling.
+
+
+@part
+def _sift(heap, n, i, weights):
+    """Let number i sink to where it belongs in a heap of n tokens, the one of the largest weight first."""
+    token = heap[i]
+    while 2 * i + 1 < n:
+        child = 2 * i + 1
+        if child + 1 < n and _precedes(weights, heap[child + 1], heap[child]):
+            child += 1
+        if not _precedes(weights, heap[child], token):
+            break
+        heap[i] = heap[child]
+        i = child
+    heap[i] = token
+
+
+@part
+def _precedes(weights, a, b):
+    return weights[a] > weights[b] or (weights[a] == weights[b] and a < b)
+
+
+@part
+def _likeliest(search, weights, V):
+    """Put the tokens that may be drawn at the end of ``search.heap``, the last one first; how many, and their weight."""
+    heap, top_k, top_p = search.heap, search.top_k, search.top_p
+    n = 0
+    for v in range(V):
+        if weights[v] > 0:
+            heap[n] = v
+            n += 1
+    most = min(n, top_k)
+    for i in range(n // 2 - 1, -1, -1):
+        _sift(heap, n, i, weights)
+    highest = weights[heap[0]] if n > 0 else 0.0
+    # With both cuts, top_p is a part of the weight of all the top_k.
+    first, total = (most, 0.0) if top_k < V and top_p < 1 else (0, 1.0)
+    taken, kept, mass = 0, 0, 0.0
+    while kept < most and (top_p == 1 or mass < top_p * total or taken < first):
+        while taken <= kept or taken < first:
+            token = heap[0]
+            n -= 1
+            heap[0] = heap[n]
+            _sift(heap, n, 0, weights)
+            taken += 1
+            heap[V - taken] = token
+            if taken <= first:
+                total += weights[token]
+        token = heap[V - 1 - kept]
+        if weights[token] < search.min_p * highest:
+            break
+        kept += 1
+        mass += weights[token]
+    return kept, mass
+
+
+@part
+def draw(search, t, s, x, r):
+    """One token for each sequence that has not ended."""
+    K, V = search.log_probs.shape[1], x.shape[1]
+    weights, heap = search.weights, search.heap
+    search.open[s] = CLOSED
+    for k in range(K):
+        search.parents[s, t, k] = k
+        if search.log_probs[s, k] == -np.inf:
+            continue
+        if _has_ended(search, t, s, k):
+            search.tokens[s, t, k] = search.eos
+            continue
+        row = at(x, (r + k) * V)
+        _forbid(search, t, row)
+        _cool(search, row, V)
+        normaliser = log_sum_exp(row, V, at(search.lane, 0))
+        if _is_wrong(search, s, normaliser):
+            return
+        for j in range(0, V, lanes(row)):
+            store(exp_nonpositive(load(at(row, j), V - j) - normaliser), at(weights, j), V - j)
+        cut = search.top_k < V or search.top_p < 1 or search.min_p > 0
+        n, total = V, 0.0
+        if cut:
+            n, total = _likeliest(search, weights, V)
+        else:
+            for v in range(V):
+                total += weights[v]
+        token, point, mass = -1, search.noise[s, t % search.noise.shape[1], k] * total, 0.0
+        for i in range(n):
+            v = heap[V - 1 - i] if cut else i
+            if weights[v] > 0:
+                token = v
+                mass += weights[v]
+                if mass > point:
+                    break
+        if token < 0:
+            search.log_probs[s, k] = -np.inf
+            continue
+        search.tokens[s, t, k] = token
+        search.log_probs[s, k] += min(row[token] - normaliser - math.log(total), 0.0)
+        if token != search.eos and t + 1 < search.tokens.shape[1]:
+            search.open[s] = OPEN
+
+
+# The loops.
+
+
+# In the templates below these are a method and what a cell has.
+choose = advance = first_layer = cell_step = None
+
+
+def _advance(search, t, x):
+    """One step of all searches. x: (S K, V)."""
+    K = search.log_probs.shape[1]
+    for s in range(len(search.open)):
+        if search.open[s] == OPEN:
+            choose(search, t, s, x, s * K)
+
+
+@part
+def _reorder(state, parents, s, row):
+    """Row k of search s becomes what row ``parents[k]`` was. state: (num_layers, S K, features), row: (K, features)."""
+    K, D = len(parents), state.shape[2]
+    moved = False
+    for k in range(K):
+        moved |= parents[k] != k
+    for layer in range(len(state) if moved else 0):
+        for k in range(K):
+            if parents[k] != k:
+                for j in range(D):
+                    row[k, j] = state[layer, s * K + parents[k], j]
+        for k in range(K):
+            if parents[k] != k:
+                for j in range(D):
+                    state[layer, s * K + k, j] = row[k, j]
+
+
+@part
+def _input_gates(packed, x, M, I, target):
+    """The first layer's gates but for what h adds: M rows of `Panels`, written. x: address of (M, I)."""
+    cell, weights = packed.cells[0], at(packed.weights, packed.offsets[0])
+    W, L, U, G, units = geometry(cell, x)
+    _, at_bias, at_ih, _, _, _, _ = packed_layout(cell, I, W, L)
+    first, wide = cell.x.slot * L, cell.x.count * units
+    start, gates = Panels(at(weights, at_bias + first), W, 0), Panels(at(target.address, first), target.panel, target.row)
+    w_ih = Panels(at(weights, at_ih), I * wide, wide)
+    product(packed.multiply, 0, G, wide, U * L * cell.x.count, M, start, gates, Left(x, I, 1, 1, 0), w_ih, I)
+    for j in range(first + cell.x.count * L, cell.slots * L, L):
+        for g in range(G):
+            for i in range(M):
+                bias = load(at(weights, at_bias + g * W + j), L)
+                store(bias, at(target.address, g * target.panel + i * target.row + j), L)
+
+
+@kernel
+def input_table(packed, embedding, table):
+    """`_input_gates` of every token: embedding (V, E) is read; table (V, any), which has room for them, written."""
+    W = width(at(table, 0))
+    _input_gates(packed, at(embedding, 0), len(table), embedding.shape[1], Panels(at(table, 0), W, table.shape[1]))
+
+
+def _first_layer(packed, state, I):
+    """`recurrent.step` of the first layer, whose gates have what `_input_gates` says. It has no projection or reset."""
+    B, cell, weights = state.h.shape[1], packed.cells[0], at(packed.weights, packed.offsets[0])
+    h, s, gates = at(state.h, 0), at(state.s, 0), at(state.work, 0)
+    H, (W, L, U, G, units) = cell.H, geometry(cell, h)
+    _, _, _, at_hh, _, at_extra, _ = packed_layout(cell, I, W, L)
+    wide, columns = cell.h.count * units, U * L * cell.h.count
+    w_hh, target = Panels(at(weights, at_hh), H * wide, wide), Panels(at(gates, cell.h.slot * L), B * W, W)
+    if B == 1:
+        product_of_row(0, G, wide, columns, target, target, h, w_hh, H)
+    else:
+        product(packed.multiply, 0, G, wide, columns, B, target, target, Left(h, H, 1, 1, 0), w_hh, H)
+    for u in range(U):
+        for b in range(B):
+            n, here = H - u * L, b * H + u * L
+            a = place(cell, gates, B * W, u, b)
+            h_t, s_t = advance(cell, at(weights, at_extra), u, a, load(at(s, here), n), False)
+            store(s_t, at(s, here), n)
+            store(h_t, at(h, here), n)
+
+
+def _decode(packed, state, states, embedding, table, output, search, first, last, x, logits, rows, parties, barrier):
+    """Steps ``first`` to ``last`` of all searches, or until all are closed; which step comes next.
+
+    packed, state: as `recurrent.step` takes them, of S K rows; state is written. states: 2 if s is not h.
+    embedding (V, E), and table, as `input_table` makes it, or of no rows, are read.
+    output: the output layer's weights, as `linear.pack_forward` makes them.
+    x (S K, E), logits (some K, V), rows (K, H): workspace. parties, barrier: as for `barrier.meet`, for which a party
+    that has no searches left calls with ``last = first``.
+    """
+    S, K = search.log_probs.shape
+    at_once, B, E, h = len(logits) // K, S * K, x.shape[1], state.h[-1]
+    W, gates = width(at(x, 0)), at(state.work, 0)
+    upper = Packed(packed.cells, packed.offsets[1:], packed.weights, packed.multiply)
+    upper_state = State(state.h[1:], state.s[1:], state.work)
+    t, going = first, True
+    while t < last and going:
+        for r in range(B):
+            token = search.starts[r // K] if t == 0 else search.tokens[r // K, t - 1, r % K]
+            if len(table) > 0:
+                for j in range(table.shape[1]):
+                    gates[(j // W * B + r) * W + j % W] = table[token, j]
+            else:
+                for j in range(E):
+                    x[r, j] = embedding[token, j]
+        if len(table) == 0:
+            _input_gates(packed, at(x, 0), B, E, Panels(gates, B * W, W))
+        first_layer(packed, state, E)
+        if len(upper.offsets) > 0:
+            cell_step(upper, upper_state, state.h[0])
+        going = False
+        for s0 in range(0, S, at_once):
+            s1 = min(s0 + at_once, S)
+            some = False
+            for s in range(s0, s1):
+                some |= search.open[s] == OPEN
+            if not some:
+                continue
+            y = logits[: (s1 - s0) * K]
+            linear.forward(h[s0 * K : s1 * K], output, y, output, False, 0, 1, barrier, packed.multiply)
+            for s in range(s0, s1):
+                if search.open[s] == OPEN:
+                    choose(search, t, s, y, (s - s0) * K)
+                if search.open[s] == OPEN:
+                    going = True
+                    _reorder(state.h, search.parents[s, t], s, rows)
+                    if states == 2:
+                        _reorder(state.s, search.parents[s, t], s, rows)
+        t += 1
+    meet(barrier, parties)
+    return t
+
+
+METHODS = {Beam: beam, Stochastic: stochastic, Draw: draw}
+ADVANCE = {kind: specialise(_advance, __name__, f"advance_{kind.__name__}", choose=f) for kind, f in METHODS.items()}
+CELLS = {
+    cell.step: specialise(_first_layer, __name__, f"first_layer_{cell.__name__.rpartition('.')[2]}", advance=cell.advance)
+    for cell in (rnn, lstm, gru)
+}
+DECODE = {
+    (kind, step): specialise(
+        _decode, __name__, f"decode_{kind.__name__}_{layer.__name__}", choose=f, cell_step=step, first_layer=layer
+    )
+    for kind, f in METHODS.items()
+    for step, layer in CELLS.items()
+}
+
+
+@kernel
+def trace(tokens, parents, places, out):
+    """Write sequences, from their ends back to their beginnings.
+
+    tokens, parents: (S, T, K). places int64 (S, R, 3): length, parent and last token of each. out int64 (S, R, L) is
+    written, up to each length.
+    """
+    for s in range(places.shape[0]):
+        for i in range(places.shape[1]):
+            length, k, token = places[s, i]
+            for t in range(length - 1, -1, -1):
+                out[s, i, t] = token
+                if t > 0:
+                    token, k = tokens[s, t - 1, k], parents[s, t - 1, k]
+
+
+@kernel
+def log_softmax(x, y, lane):
+    """``y = x - log(sum(exp(x)))`` by rows. x (M, V) is read, y float64 (M, V) written; lane (64) is workspace."""
+    M, V = x.shape
+    for r in range(M):
+        total = log_sum_exp(at(x, r * V), V, at(lane, 0))
+        for v in range(V):
+            y[r, v] = x[r, v] - total
