@@ -26,7 +26,8 @@ import json, sys
 import fastrnn
 from fastrnn import kernels
 from numba.core.dispatcher import Dispatcher
-eager = [name for name in ("torch", "onnx", "onnxruntime", "keras", "h5py", "sklearn", "matplotlib", "tqdm") if name in sys.modules]
+optional = {"torch", "onnx", "onnxruntime", "keras", "h5py", "sklearn", "matplotlib", "tqdm"}
+eager = sorted(optional & set(sys.modules))
 modules = [module for name, module in sys.modules.items() if name.startswith("fastrnn")]
 dispatchers = {id(d): d for m in modules for d in vars(m).values() if isinstance(d, Dispatcher)}
 compiled = [str(d) for d in dispatchers.values() if d.signatures]
