@@ -111,7 +111,13 @@ def test_the_top_level_has_these_folders():
     if listed.returncode:
         pytest.skip("not a checkout")
     folders = {line.split("/")[0] for line in listed.stdout.splitlines() if "/" in line}
-    assert {folder for folder in folders if not folder.startswith(".")} <= {"fastrnn", "kernels", "tests", "asv_bench"}
+    assert {folder for folder in folders if not folder.startswith(".")} <= {
+        "fastrnn",
+        "kernels",
+        "tests",
+        "asv_bench",
+        "examples",
+    }
 
 
 def test_the_wheel_holds_the_package_only(wheel):
