@@ -10,6 +10,7 @@ from .kernels import search as kernels
 from .parameters import Array
 
 EARLY_STOPPING = ("exact", "count")
+NEVER = 2**62
 
 
 class Trellis(NamedTuple):
@@ -57,10 +58,10 @@ def beam_search(
 ) -> Hypotheses:
     """The likeliest sequences of a model, as a beam search finds them, for N independent inputs at once.
 
-    At each step the K best of the K * V expansions of K hypotheses are taken. Those that end are set aside, and the next
-    best ones that go on take their places. The search ends when no open hypothesis can still become one of the
-    best ``num_return``: its log-probability only falls, so its score is at most what it has now by the largest penalty
-    it can reach.
+    At each step the K best of the K * V expansions of K hypotheses are taken. Those that end are set aside, and the
+    next best ones that go on take their places. The search ends when no open hypothesis can still become one of the
+    best ``num_return``: its log-probability only falls, so its score is at most what it has now by the largest
+    penalty it can reach.
 
     A hypothesis of log-probability p and L tokens, eos included, has the score ``p / ((5 + L) / 6) ** length_penalty``
     (Wu et al. 2016, arXiv:1609.08144, equation 14). Of equal candidates, the one that continues the better hypothesis
@@ -100,10 +101,10 @@ def beam_search(
     >>> import fastrnn
     >>> bigrams = np.log([[0.1, 0.6, 0.3], [0.5, 0.3, 0.2], [0.8, 0.1, 0.1]])
     >>> best = fastrnn.beam_search(
-    ...     lambda tokens, state: (bigrams[tokens], state), bos=1, eos=2, beam_size=2, max_length=4, num_return=2
+    ...     lambda tokens, state: (bigrams[tokens], state), bos=1, eos=2, beam_size=3, max_length=4, num_return=2
     ... )
     >>> best.tokens[0], best.lengths[0], np.exp(best.log_probs[0]).round(3)
-    (array([[2, 2, 2, 2], [0, 1, 0, 1]]), array([1, 4]), array([0.2 , 0.18]))
+    (array([[2, 2], [0, 2]]), array([1, 2]), array([0.2 , 0.15]))
     """
     K, T = positive(beam_size, "beam_size"), positive(max_length, "max_length")
     G, R = positive(groups, "groups"), positive(num_return, "num_return")
@@ -116,26 +117,23 @@ def beam_search(
     if R > K:
         raise ValueError(f"num_return: expected at most beam_size, {K}, got {R}")
     if not isinstance(early_stopping, str) or early_stopping not in EARLY_STOPPING:
-        raise ValueError(
-            f"early_stopping: expected one of {', '.join(EARLY_STOPPING)}, got {describe(early_stopping)}"
-        )
+        raise ValueError(f"early_stopping: expected one of {', '.join(EARLY_STOPPING)}, got {describe(early_stopping)}")
     return_trellis = flag(return_trellis, "return_trellis")
 
-    steps = steps_of(step, state, bos, K, constraints)
+    steps = steps_of(step, state, bos, K, T, constraints)
     fields = common(steps, G, T, eos, min_length, constraints, temperature, normalise=False)
     N, S = steps.inputs, steps.inputs * G
-    penalties = ((5.0 + np.arange(T + 1)) / 6.0) ** alpha
-    # What comes of a hypothesis of L tokens has L + 1 to T.
-    reach = np.full(T + 1, penalties[T]) if alpha >= 0 else np.append(penalties[1:], penalties[T])
+    penalties, reach = _penalties(alpha, T)
     search = kernels.Beam(
         **fields,
         prefix=_prefix(prefix, N, G, T, fields["eos"], steps.V),
         groups=G,
         diversity=diversity,
         counts=np.empty(steps.V if G > 1 else 0),
+        counted=np.zeros(1, np.int64),
         penalties=penalties,
         reach=reach,
-        enough=K // G if early_stopping == "count" else np.iinfo(np.int64).max,
+        enough=K // G if early_stopping == "count" else NEVER,
         ended=np.zeros(S, np.int64),
         best_scores=np.full((S, R // G), -np.inf),
         best_log_probs=np.full((S, R // G), -np.inf),
@@ -157,8 +155,8 @@ def beam_search(
     if return_trellis:
         # A group's back-pointers count its own hypotheses.
         pointers = search.parents[:, :taken] + (np.arange(S) % G * (K // G))[:, None, None]
-        kept = (a.reshape(N, G, taken, -1).swapaxes(1, 2).reshape(N, taken, K) for a in (search.tokens[:, :taken], pointers))
-        trellis = Trellis(*kept)
+        kept = search.tokens[:, :taken], pointers
+        trellis = Trellis(*(a.reshape(N, G, taken, -1).swapaxes(1, 2).reshape(N, taken, K) for a in kept))
     return Hypotheses(tokens, lengths, scores, log_probs, trellis)
 
 
@@ -186,6 +184,15 @@ def greedy(
         step, state, bos=bos, eos=eos, beam_size=1, max_length=max_length, min_length=min_length,
         constraints=constraints, prefix=prefix,
     )  # fmt: skip
+
+
+def _penalties(alpha: float, longest: int) -> tuple[Array, Array]:
+    """By length: the penalty, and the largest one of what comes of a hypothesis, which has at least one token more."""
+    if alpha == 0:
+        ones = np.ones(longest + 1)
+        return ones, ones
+    penalties = ((5.0 + np.arange(longest + 1)) / 6.0) ** alpha
+    return penalties, np.full(longest + 1, penalties[-1]) if alpha > 0 else np.append(penalties[1:], penalties[-1])
 
 
 def _prefix(prefix: Any, inputs: int, groups: int, longest: int, eos: int, V: int) -> Array:

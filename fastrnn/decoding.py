@@ -1,35 +1,35 @@
-"""What the ways of decoding share: the model, as a function of one step or as a `LanguageModel`, and the loop over steps.
+"""What the ways of decoding share: a model as a function of one step or as a `LanguageModel`, and the loop over steps.
 
-`fastrnn.beam` and `fastrnn.sampling` have the ways themselves, and `fastrnn.kernels.search` the arithmetic. A model's
-hypotheses stand in rows: those of the first input, those of the second, and so on.
+`fastrnn.beam` and `fastrnn.sampling` have the ways themselves, `search` and `decode` of `fastrnn.kernels` the
+arithmetic. A model's hypotheses stand in rows: those of the first input, those of the second, and so on.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import batching
 from .checks import DTYPES, as_array, as_indices, as_kernel_array, describe, integer
+from .heads import Embedding, Linear
+from .kernels import decode
 from .kernels import search as kernels
 from .kernels.tile import LANES_OF
 from .parameters import Array, read_only
-from .recurrent import step_size
-
-if TYPE_CHECKING:
-    from .models import LanguageModel
+from .recurrent import Recurrent, step_size
 
 Step = Callable[[Array, Any], tuple[Any, Any]]
 
+# Tokens of a function's model are less than this.
+LARGEST_TOKEN = 2**31
 # Rows whose logits are computed at once: enough for tall tiles, few enough that they stay near the CPU.
 ROWS_OF_LOGITS = 48
 # Multiply-adds after which a compiled loop comes back, so that Ctrl-C is heard.
 WORK_AT_ONCE = 1_000_000_000
 # Numbers in a table of what each token adds to the first layer's gates, at most.
 LARGEST_TABLE = 2**22
-# Random numbers that are drawn at once.
-NOISE_AT_ONCE = 2**18
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Constraints:
             log_probs[windows[(windows[:, :-1] == last).all(1), -1]] = -np.inf
 
 
-def token_array(tokens: Any, name: str, below: int = 2**31) -> Array:
+def token_array(tokens: Any, name: str, below: int = LARGEST_TOKEN) -> Array:
     """Any number of tokens, int64."""
     tokens = as_array(list(tokens) if isinstance(tokens, Iterable) and not hasattr(tokens, "dtype") else tokens, name)
     if tokens.ndim != 1:
@@ -108,14 +108,16 @@ def _check_rows(state: Any, rows: int | None) -> int | None:
     return rows
 
 
-def _starts(bos: Any, inputs: int | None) -> Array:
+def _starts(bos: Any, inputs: int | None, below: int) -> Array:
     """The token before the first one, int64 (N,), of so many inputs or, if that is None, of as many as ``bos`` says."""
+    if type(bos) is int and 0 <= bos < below:
+        return np.full(inputs or 1, bos)
     bos = as_array(bos, "bos")
     if bos.ndim > 1:
         raise ValueError(f"bos: expected a token, or one for each input, got shape {bos.shape}")
     if inputs is not None and bos.ndim == 1 and len(bos) != inputs:
         raise ValueError(f"bos: expected {inputs} tokens, one for each input, got {len(bos)}")
-    return as_indices(np.repeat(bos, inputs or 1) if bos.ndim == 0 else bos, "bos", 2**31)
+    return as_indices(np.repeat(bos, inputs or 1) if bos.ndim == 0 else bos, "bos", below)
 
 
 class FunctionSteps:
@@ -135,7 +137,7 @@ class FunctionSteps:
         if not callable(step):
             raise TypeError(f"step: expected a function (tokens, state) or a LanguageModel, got {describe(step)}")
         self.step, self.constraints, self.width = step, constraints, width
-        self.starts = _starts(bos, _check_rows(state, None))
+        self.starts = _starts(bos, _check_rows(state, None), LARGEST_TOKEN)
         self.inputs = len(self.starts)
         self.rows, self.V = self.inputs * width, 0
         self.state = map_arrays(lambda array: np.repeat(array, width, 0), state)
@@ -175,10 +177,15 @@ class FunctionSteps:
             self._log_probs = None
             if self.constraints is not None or search.temperature != 1 or t + 1 < search.min_length:
                 x = x.copy()  # it is written to
+            chosen_by = search
             if self.constraints is not None and self.constraints.by_hypothesis:
+                if isinstance(search, kernels.Beam) and search.normalise:
+                    # In a beam search the rest is as likely as if nothing had been forbidden.
+                    kernels.to_log_probabilities(search, x)
+                    chosen_by = search._replace(temperature=1.0, normalise=False)
                 self._constrain(search, t, x)
-            kernels.ADVANCE[type(search)](search, t, x)
-            if not (search.open == kernels.OPEN).any():
+            kernels.ADVANCE[type(search)](chosen_by, t, x)
+            if search.open.max() != kernels.OPEN:
                 return t + 1
         return last
 
@@ -194,24 +201,55 @@ class FunctionSteps:
             self.constraints.apply(int(s * K + k) // self.width, self.history[s * K + k], x[s * K + k])
 
 
-class ModelSteps:
-    """A `LanguageModel`, whose steps run in compiled loops, each thread's for some of the inputs.
+class Parts(NamedTuple):
+    """A model that is made of these, time first, and nothing else: it can be decoded in compiled loops.
 
-    As `FunctionSteps`; ``state`` is the recurrent layers', (num_layers, N, H). Each array of it is repeated for the
-    hypotheses of an input.
+    An object whose attribute ``parts`` is one can stand for ``step`` wherever a function is decoded.
+    """
+
+    embedding: Embedding
+    rnn: Recurrent
+    output: Linear
+
+    def step(self, tokens: Array, state: Any) -> tuple[Array, Any]:
+        """One step as a function, with the batch first in the state's arrays: (B, num_layers, H)."""
+
+        def swap(array: Array) -> Array:
+            if array.ndim != 3:
+                raise ValueError(f"state: expected arrays (B, num_layers, H), got shape {array.shape}")
+            return np.ascontiguousarray(array.swapaxes(0, 1))
+
+        y, after = self.rnn(self.embedding(tokens[None]), map_arrays(swap, state))
+        log_probs = np.empty((len(tokens), self.output.out_features))
+        kernels.log_softmax(self.output(y[0]), log_probs, np.empty(64, self.output.dtype))
+        return log_probs, map_arrays(swap, after)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the kernels have a loop for it."""
+        rnn = self.rnn
+        return rnn.steps_in_place and rnn.cell.P == rnn.cell.H and (kernels.Beam, rnn.kernels.step) in decode.DECODE
+
+
+class ModelSteps:
+    """A model whose steps run in compiled loops, each thread's for some of the inputs.
+
+    As `FunctionSteps`; ``state`` is the recurrent layers', (num_layers, N, H), and ``max_length`` the most steps.
     """
 
     normalise = True
 
-    def __init__(self, model: "LanguageModel", state: Any, bos: Any, width: int):
+    def __init__(self, model: Parts, state: Any, bos: Any, width: int, max_length: int):
         rnn = model.rnn
         self.starts, self.states = _model_state(model, state, bos)
-        as_indices(self.starts, "bos", model.num_tokens)
         self.model, self.inputs, self.width = model, len(self.starts), width
-        self.V, self.dtype = model.num_tokens, model.dtype
+        self.V, self.dtype = model.output.out_features, rnn.dtype
+        if model.embedding.num_embeddings < self.V:
+            raise ValueError(f"step: expected an embedding of {self.V} tokens, got {model.embedding.num_embeddings}")
         self.packed = rnn.packed
         self.output = model.output.parameters.derived("forward", model.output._pack_forward)
-        self.embedding, self.table = read_only(model.embedding.weight), _input_table(model)
+        self.embedding = read_only(model.embedding.weight)
+        self.table = _input_table(model, self.inputs * width * max_length)
         self.work = self.inputs * width * (self.packed.weights.size + self.output.size)
         # A call does many steps.
         parties = batching.parties_for(self.work * 8, self.inputs * width, rnn.hidden_size, self.dtype)
@@ -226,7 +264,7 @@ class ModelSteps:
             fields = {}
             for name, field in search._asdict().items():
                 if name in kernels.WORKSPACE:
-                    field = np.empty_like(field)
+                    field = np.zeros_like(field)
                 elif isinstance(field, np.ndarray) and name not in kernels.SHARED:
                     field = field[first * searches : last * searches]
                 fields[name] = field
@@ -242,44 +280,47 @@ class ModelSteps:
     def run(self, search: Any, first: int, last: int) -> int:
         if not self._parts:
             cuts = [me * self.inputs // self.parties for me in range(self.parties + 1)]
-            self._parts = [self._part(search, *cut) for cut in zip(cuts, cuts[1:])]
-        decode = kernels.DECODE[type(search), self.model.rnn.kernels.step]
+            self._parts = [self._part(search, *cut) for cut in pairwise(cuts)]
+        loop = decode.DECODE[type(search), self.model.rnn.kernels.step]
         reached = [first] * self.parties
 
         def call(me: int, parties: int, barrier: Array) -> None:
             for i in range(me, self.parties, parties):
                 part, state, work = self._parts[i]
                 model = self.packed, state, self.model.rnn.STATES, self.embedding, self.table, self.output
-                reached[i] = decode(*model, part, first, last, *work, 1, batching.ALONE)
+                reached[i] = loop(*model, part, first, last, *work, 1, batching.ALONE)
             if parties > 1:  # the others wait
-                decode(*model, part, 0, 0, *work, parties, barrier)
+                loop(*model, part, 0, 0, *work, parties, barrier)
 
         batching.together(self.parties, call)
         return max(reached)
 
 
-def _input_table(model: "LanguageModel") -> Array:
-    """What each token adds to the gates of the first layer, which is computed once; nothing if that is too large."""
+def _input_table(model: Parts, tokens: int) -> Array:
+    """What each token adds to the gates of the first layer, which is computed once; nothing if it is too large.
+
+    tokens: how many will be looked up: if few, it would take longer to make it than to do without.
+    """
     rnn, embedding = model.rnn, model.embedding
     L = LANES_OF[rnn.dtype]
     row = step_size(rnn.cell, 1, L) - rnn.cell.H
-    if model.num_tokens * row > LARGEST_TABLE:
-        return np.empty((0, row), rnn.dtype)
     # It depends on the parameters of both.
     kept: dict[int, Array] = rnn.parameters.derived("input table", dict)
     version = embedding.parameters.version
     table = None if embedding.parameters.writing else kept.get(version)
     if table is None:
-        table = batching.empty(model.num_tokens * row, rnn.dtype).reshape(-1, row)
-        kernels.input_table(rnn.packed, read_only(embedding.weight), table)
+        if embedding.num_embeddings * row > LARGEST_TABLE or embedding.num_embeddings > 8 * tokens:
+            return np.empty((0, row), rnn.dtype)
+        table = batching.empty(embedding.num_embeddings * row, rnn.dtype).reshape(-1, row)
+        decode.input_table(rnn.packed, read_only(embedding.weight), table)
         kept.clear()
         if not embedding.parameters.writing:
             kept[version] = table
     return table
 
 
-def _model_state(model: "LanguageModel", state: Any, bos: Any) -> tuple[Array, tuple[Array, ...]]:
-    """The first tokens, and the state of a language model's recurrent layers, zeros if it is None."""
+def _model_state(model: Parts, state: Any, bos: Any) -> tuple[Array, tuple[Array, ...]]:
+    """The first tokens, and the state of a model's recurrent layers, zeros if it is None."""
     first = state[0] if isinstance(state, (tuple, list)) and state else state
     inputs = None
     if first is not None:
@@ -287,21 +328,20 @@ def _model_state(model: "LanguageModel", state: Any, bos: Any) -> tuple[Array, t
         if len(shape) != 3:
             raise ValueError(f"state: expected arrays (num_layers, N, H), got shape {shape}")
         inputs = shape[1]
-    starts = _starts(bos, inputs)
+    starts = _starts(bos, inputs, model.embedding.num_embeddings)
     return starts, model.rnn._state_arrays(state, "state", len(starts), True)
 
 
-def steps_of(step: Any, state: Any, bos: Any, width: int, constraints: Any) -> FunctionSteps | ModelSteps:
+def steps_of(
+    step: Any, state: Any, bos: Any, width: int, max_length: int, constraints: Any
+) -> FunctionSteps | ModelSteps:
     """The model's steps, compiled if all of it is."""
     if constraints is not None and not isinstance(constraints, Constraints):
         raise TypeError(f"constraints: expected fastrnn.Constraints, got {describe(constraints)}")
-    from .models import LanguageModel  # whose methods are these functions
-
-    if isinstance(step, LanguageModel):
-        model = step
-        by_hypothesis = constraints is not None and constraints.by_hypothesis
-        if not by_hypothesis and model.rnn.steps_in_place and (kernels.Beam, model.rnn.kernels.step) in kernels.DECODE:
-            return ModelSteps(model, state, bos, width)
+    model = step if isinstance(step, Parts) else getattr(step, "parts", None)
+    if isinstance(model, Parts):
+        if model.compiled and not (constraints is not None and constraints.by_hypothesis):
+            return ModelSteps(model, state, bos, width, max_length)
         starts, arrays = _model_state(model, state, bos)
         swapped = tuple([np.ascontiguousarray(array.swapaxes(0, 1)) for array in arrays])
         step, state, bos = model.step, swapped if len(swapped) > 1 else swapped[0], starts
@@ -321,8 +361,12 @@ def common(
     """The fields that all searches have: of so many for each input, which have one hypothesis, the empty one."""
     S, T = steps.inputs * searches, max_length
     K = steps.width // searches
-    eos = -1 if eos is None else int(as_indices([integer(eos, "eos", 0)], "eos", steps.V)[0])
-    banned = token_array(() if constraints is None else constraints.banned, "banned", steps.V)
+    eos = -1 if eos is None else integer(eos, "eos", 0)
+    if eos >= steps.V:
+        raise ValueError(f"eos: expected a token from 0 to {steps.V - 1}, got {eos}")
+    banned = np.empty(0, np.int64)
+    if constraints is not None:
+        banned = token_array(constraints.banned, "banned", steps.V)
     log_probs = np.full((S, K), -np.inf)
     log_probs[:, 0] = 0
     return {
@@ -347,15 +391,16 @@ def run(steps: FunctionSteps | ModelSteps, search: Any, noise: Callable[..., Any
         period = search.noise.shape[1]
     else:
         period = max(1, WORK_AT_ONCE // steps.work) if isinstance(steps, ModelSteps) else T
-    t = 0
-    while t < T and (t == 0 or (search.open == kernels.OPEN).any()):
+    t, worst = 0, kernels.OPEN
+    while t < T and worst == kernels.OPEN:
         if noise is not None:
             noise(out=search.noise)
         t = steps.run(search, t, min(t + period, T))
-        if (search.open > kernels.OPEN).any():
-            if (search.open == kernels.NOT_A_NUMBER).any():
-                raise FloatingPointError("step: expected log-probabilities, got NaN or infinity")
-            raise ValueError("step: expected log-probabilities, which are at most 0, got greater numbers")
+        worst = search.open.max()
+    if worst == kernels.NOT_A_NUMBER:
+        raise FloatingPointError("step: expected log-probabilities, got NaN or infinity")
+    if worst == kernels.NOT_A_LOG_PROBABILITY:
+        raise ValueError("step: expected log-probabilities, which are at most 0, got greater numbers")
     return t
 
 

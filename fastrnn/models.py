@@ -9,9 +9,8 @@ import numpy as np
 
 from .beam import Hypotheses, beam_search, greedy
 from .checks import as_array, as_indices, as_kernel_array, as_seed, describe, integer, number, probability
-from .decoding import map_arrays
+from .decoding import Parts
 from .heads import Embedding, Linear
-from .kernels.search import log_softmax
 from .layers import GRU, LSTM, RNN
 from .losses import cross_entropy
 from .masks import drop
@@ -226,6 +225,11 @@ class LanguageModel(Module):
         loss, dlogits = cross_entropy(logits, targets)
         return loss, state, pullback(dlogits)[1]
 
+    @property
+    def parts(self) -> Parts:
+        """What decoding in a compiled loop needs to know."""
+        return Parts(self.embedding, self.rnn, self.output)
+
     def step(self, tokens: Any, state: Any = None) -> tuple[Array, Any]:
         """One step as `fastrnn.beam_search` and its like take it, with the batch first in every array.
 
@@ -241,11 +245,7 @@ class LanguageModel(Module):
         tokens = as_array(tokens, "tokens")
         if tokens.ndim != 1:
             raise ValueError(f"tokens: expected shape (B,), got {tokens.shape}")
-        swap = lambda array: np.ascontiguousarray(as_array(array, "state").swapaxes(0, 1))  # noqa: E731
-        logits, after = self(tokens[None], map_arrays(swap, state))
-        log_probs = np.empty(logits.shape[1:])
-        log_softmax(logits[0], log_probs, np.empty(64, self.dtype))
-        return log_probs, map_arrays(swap, after)
+        return self.parts.step(as_indices(tokens, "tokens", self.num_tokens), state)
 
     def beam_search(self, state: Any = None, **options: Any) -> Hypotheses:
         """The likeliest continuations: `fastrnn.beam_search` of the model, in a compiled loop, with its options.

@@ -5,9 +5,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .checks import describe, integer, number, positive
-from .decoding import NOISE_AT_ONCE, Constraints, Step, common, run, steps_of, traced
+from .decoding import Constraints, Step, common, run, steps_of, traced
 from .kernels import search as kernels
 from .parameters import Array
+
+# Random numbers that are drawn at once.
+NOISE_AT_ONCE = 2**18
 
 
 class Samples(NamedTuple):
@@ -105,7 +108,7 @@ def sample(
         raise ValueError(f"min_length: expected at most max_length, {T}, got {min_length}")
     kept = None if top_k is None else positive(top_k, "top_k")
 
-    steps = steps_of(step, state, bos, K, constraints)
+    steps = steps_of(step, state, bos, K, T, constraints)
     if temperature == 0:
         kept, temperature = 1, 1.0
     fields = common(steps, 1, T, eos, min_length, constraints, temperature, normalise=True)
@@ -169,7 +172,7 @@ def stochastic_beam_search(
         raise ValueError(
             f"length_penalty: expected 0, as with another the sample would not be the model's, got {length_penalty}"
         )
-    steps = steps_of(step, state, bos, K, None)
+    steps = steps_of(step, state, bos, K, T, None)
     fields = common(steps, 1, T, eos, 0, None, temperature, normalise=True)
     N, V = steps.inputs, steps.V
     perturbed = np.full((N, K), -np.inf)

@@ -1,4 +1,4 @@
-"""Decoding: the choice of a step's tokens among log-probabilities, and the whole loop over steps of a language model.
+"""Decoding: the choice of a step's tokens among log-probabilities. `decode` has the loop over steps of a model.
 
 Sizes: S searches of K hypotheses each, which stand in rows ``s K + k``; V tokens; T steps at most.
 
@@ -25,14 +25,10 @@ from collections import namedtuple
 
 import numpy as np
 
-from . import gru, linear, lstm, rnn
 from .activations import exp_nonpositive
-from .barrier import meet
-from .cell import geometry, packed_layout, place
 from .compiler import kernel, part, specialise
-from .gemm import Left, Panels, load, product, product_of_row, store, zeros
-from .recurrent import Packed, State
-from .tile import at, at_least, lanes, load_part, load_whole, store_whole, width
+from .gemm import load, store, zeros
+from .tile import at, at_least, lanes, load_part, load_whole, store_whole
 
 CLOSED, OPEN, NOT_A_NUMBER, NOT_A_LOG_PROBABILITY = range(4)
 # A log-probability may be above 0 by rounding; what is farther above is none.
@@ -43,14 +39,15 @@ BLOCK = 64
 COLDEST = 1e-37
 
 COMMON = "tokens parents log_probs open starts eos min_length banned temperature normalise lane"
-# What searches that run at once share, and what each must have for itself. Every other array has a part for each search.
+# What calls that run at once share, and what each must have for itself. Other arrays have a part for each search.
 SHARED = {"banned", "penalties", "reach"}
-WORKSPACE = {"lane", "counts", "ranks", "totals", "candidates", "gumbels", "weights", "heap"}
+WORKSPACE = {"lane", "counts", "counted", "ranks", "totals", "candidates", "gumbels", "weights", "heap"}
 
 # `beam` is a beam search.
 #   prefix int64 (S, any)            tokens that hypotheses begin with; -1: free
 #   groups, diversity, counts        of so many searches, one after the other, the later ones avoid tokens that the
 #                                    earlier ones chose, float64 (V) times, at this price each
+#   counted int64 (1)                what counts are of: an input and a step, or at first 0
 #   penalties, reach float64 (T + 1) by length: what a finished hypothesis' log-probability is divided by, and the
 #                                    largest such number for what is yet longer
 #   enough                           close the search when so many hypotheses have ended
@@ -60,8 +57,8 @@ WORKSPACE = {"lane", "counts", "ranks", "totals", "candidates", "gumbels", "weig
 #   ranks, totals float64 (2 K), candidates int64 (2 K)    workspace
 Beam = namedtuple(
     "Beam",
-    f"{COMMON} prefix groups diversity counts penalties reach enough ended best_scores best_log_probs best_places "
-    "ranks totals candidates",
+    f"{COMMON} prefix groups diversity counts counted penalties reach enough ended "
+    "best_scores best_log_probs best_places ranks totals candidates",
 )
 
 # `stochastic` is a stochastic beam search: a hypothesis that has ended keeps its place, with eos again and again.
@@ -163,6 +160,14 @@ def _is_wrong(search, s, normaliser):
 
 
 @part
+def some_open(search, first, last):
+    found = False
+    for s in range(first, last):
+        found |= search.open[s] == OPEN
+    return found
+
+
+@part
 def _has_ended(search, t, s, k):
     return t > 0 and search.eos >= 0 and search.tokens[s, t - 1, k] == search.eos
 
@@ -219,7 +224,8 @@ def beam(search, t, s, x, r):
     ranks, totals, candidates = search.ranks, search.totals, search.candidates
     forced = search.prefix[s, t] if t < search.prefix.shape[1] else -1
     diverse = search.groups > 1
-    if diverse and s % search.groups == 0:
+    if diverse and search.counted[0] != s // search.groups * T + t + 1:
+        search.counted[0] = s // search.groups * T + t + 1
         search.counts[:] = 0
     count = 0
     for k in range(K):
@@ -361,7 +367,7 @@ def _precedes(weights, a, b):
 
 @part
 def _likeliest(search, weights, V):
-    """Put the tokens that may be drawn at the end of ``search.heap``, the last one first; how many, and their weight."""
+    """Put the tokens that may be drawn at the end of ``search.heap``, backwards; how many, and their weight."""
     heap, top_k, top_p = search.heap, search.top_k, search.top_p
     n = 0
     for v in range(V):
@@ -438,11 +444,8 @@ def draw(search, t, s, x, r):
             search.open[s] = OPEN
 
 
-# The loops.
-
-
-# In the templates below these are a method and what a cell has.
-choose = advance = first_layer = cell_step = None
+# In the template below it is a method.
+choose = None
 
 
 def _advance(search, t, x):
@@ -453,134 +456,8 @@ def _advance(search, t, x):
             choose(search, t, s, x, s * K)
 
 
-@part
-def _reorder(state, parents, s, row):
-    """Row k of search s becomes what row ``parents[k]`` was. state: (num_layers, S K, features), row: (K, features)."""
-    K, D = len(parents), state.shape[2]
-    moved = False
-    for k in range(K):
-        moved |= parents[k] != k
-    for layer in range(len(state) if moved else 0):
-        for k in range(K):
-            if parents[k] != k:
-                for j in range(D):
-                    row[k, j] = state[layer, s * K + parents[k], j]
-        for k in range(K):
-            if parents[k] != k:
-                for j in range(D):
-                    state[layer, s * K + k, j] = row[k, j]
-
-
-@part
-def _input_gates(packed, x, M, I, target):
-    """The first layer's gates but for what h adds: M rows of `Panels`, written. x: address of (M, I)."""
-    cell, weights = packed.cells[0], at(packed.weights, packed.offsets[0])
-    W, L, U, G, units = geometry(cell, x)
-    _, at_bias, at_ih, _, _, _, _ = packed_layout(cell, I, W, L)
-    first, wide = cell.x.slot * L, cell.x.count * units
-    start, gates = Panels(at(weights, at_bias + first), W, 0), Panels(at(target.address, first), target.panel, target.row)
-    w_ih = Panels(at(weights, at_ih), I * wide, wide)
-    product(packed.multiply, 0, G, wide, U * L * cell.x.count, M, start, gates, Left(x, I, 1, 1, 0), w_ih, I)
-    for j in range(first + cell.x.count * L, cell.slots * L, L):
-        for g in range(G):
-            for i in range(M):
-                bias = load(at(weights, at_bias + g * W + j), L)
-                store(bias, at(target.address, g * target.panel + i * target.row + j), L)
-
-
-@kernel
-def input_table(packed, embedding, table):
-    """`_input_gates` of every token: embedding (V, E) is read; table (V, any), which has room for them, written."""
-    W = width(at(table, 0))
-    _input_gates(packed, at(embedding, 0), len(table), embedding.shape[1], Panels(at(table, 0), W, table.shape[1]))
-
-
-def _first_layer(packed, state, I):
-    """`recurrent.step` of the first layer, whose gates have what `_input_gates` says. It has no projection or reset."""
-    B, cell, weights = state.h.shape[1], packed.cells[0], at(packed.weights, packed.offsets[0])
-    h, s, gates = at(state.h, 0), at(state.s, 0), at(state.work, 0)
-    H, (W, L, U, G, units) = cell.H, geometry(cell, h)
-    _, _, _, at_hh, _, at_extra, _ = packed_layout(cell, I, W, L)
-    wide, columns = cell.h.count * units, U * L * cell.h.count
-    w_hh, target = Panels(at(weights, at_hh), H * wide, wide), Panels(at(gates, cell.h.slot * L), B * W, W)
-    if B == 1:
-        product_of_row(0, G, wide, columns, target, target, h, w_hh, H)
-    else:
-        product(packed.multiply, 0, G, wide, columns, B, target, target, Left(h, H, 1, 1, 0), w_hh, H)
-    for u in range(U):
-        for b in range(B):
-            n, here = H - u * L, b * H + u * L
-            a = place(cell, gates, B * W, u, b)
-            h_t, s_t = advance(cell, at(weights, at_extra), u, a, load(at(s, here), n), False)
-            store(s_t, at(s, here), n)
-            store(h_t, at(h, here), n)
-
-
-def _decode(packed, state, states, embedding, table, output, search, first, last, x, logits, rows, parties, barrier):
-    """Steps ``first`` to ``last`` of all searches, or until all are closed; which step comes next.
-
-    packed, state: as `recurrent.step` takes them, of S K rows; state is written. states: 2 if s is not h.
-    embedding (V, E), and table, as `input_table` makes it, or of no rows, are read.
-    output: the output layer's weights, as `linear.pack_forward` makes them.
-    x (S K, E), logits (some K, V), rows (K, H): workspace. parties, barrier: as for `barrier.meet`, for which a party
-    that has no searches left calls with ``last = first``.
-    """
-    S, K = search.log_probs.shape
-    at_once, B, E, h = len(logits) // K, S * K, x.shape[1], state.h[-1]
-    W, gates = width(at(x, 0)), at(state.work, 0)
-    upper = Packed(packed.cells, packed.offsets[1:], packed.weights, packed.multiply)
-    upper_state = State(state.h[1:], state.s[1:], state.work)
-    t, going = first, True
-    while t < last and going:
-        for r in range(B):
-            token = search.starts[r // K] if t == 0 else search.tokens[r // K, t - 1, r % K]
-            if len(table) > 0:
-                for j in range(table.shape[1]):
-                    gates[(j // W * B + r) * W + j % W] = table[token, j]
-            else:
-                for j in range(E):
-                    x[r, j] = embedding[token, j]
-        if len(table) == 0:
-            _input_gates(packed, at(x, 0), B, E, Panels(gates, B * W, W))
-        first_layer(packed, state, E)
-        if len(upper.offsets) > 0:
-            cell_step(upper, upper_state, state.h[0])
-        going = False
-        for s0 in range(0, S, at_once):
-            s1 = min(s0 + at_once, S)
-            some = False
-            for s in range(s0, s1):
-                some |= search.open[s] == OPEN
-            if not some:
-                continue
-            y = logits[: (s1 - s0) * K]
-            linear.forward(h[s0 * K : s1 * K], output, y, output, False, 0, 1, barrier, packed.multiply)
-            for s in range(s0, s1):
-                if search.open[s] == OPEN:
-                    choose(search, t, s, y, (s - s0) * K)
-                if search.open[s] == OPEN:
-                    going = True
-                    _reorder(state.h, search.parents[s, t], s, rows)
-                    if states == 2:
-                        _reorder(state.s, search.parents[s, t], s, rows)
-        t += 1
-    meet(barrier, parties)
-    return t
-
-
 METHODS = {Beam: beam, Stochastic: stochastic, Draw: draw}
 ADVANCE = {kind: specialise(_advance, __name__, f"advance_{kind.__name__}", choose=f) for kind, f in METHODS.items()}
-CELLS = {
-    cell.step: specialise(_first_layer, __name__, f"first_layer_{cell.__name__.rpartition('.')[2]}", advance=cell.advance)
-    for cell in (rnn, lstm, gru)
-}
-DECODE = {
-    (kind, step): specialise(
-        _decode, __name__, f"decode_{kind.__name__}_{layer.__name__}", choose=f, cell_step=step, first_layer=layer
-    )
-    for kind, f in METHODS.items()
-    for step, layer in CELLS.items()
-}
 
 
 @kernel
@@ -597,6 +474,18 @@ def trace(tokens, parents, places, out):
                 out[s, i, t] = token
                 if t > 0:
                     token, k = tokens[s, t - 1, k], parents[s, t - 1, k]
+
+
+@kernel
+def to_log_probabilities(search, x):
+    """Divide x (M, V) by the temperature and normalise it, in place."""
+    M, V = x.shape
+    for r in range(M):
+        row = at(x, r * V)
+        _cool(search, row, V)
+        total = log_sum_exp(row, V, at(search.lane, 0))
+        for v in range(V):
+            x[r, v] = min(x[r, v] - total, 0.0)
 
 
 @kernel

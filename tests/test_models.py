@@ -8,6 +8,7 @@ import oracle
 import pytest
 from oracle import assert_close, assert_same_bits
 
+import fastrnn
 from fastrnn import batching, models
 from fastrnn.layers import LSTM
 from fastrnn.losses import cross_entropy
@@ -155,6 +156,40 @@ def test_generation_draws_from_the_distribution():
         assert (np.abs(counts - 2000 * p) < 5 * np.sqrt(2000 * p * (1 - p))).all()
     seeded = [model.generate(prompt, 20, rng=np.random.default_rng(9)).tolist() for _ in range(2)]
     assert seeded[0] == seeded[1]
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_step_is_a_call_with_the_batch_first(cell, dtype):
+    model, tokens, _, state = model_and_tokens(dtype, cell=cell)
+    swapped = tuple(s.swapaxes(0, 1) for s in arrays_of(state))
+    log_probs, after = model.step(tokens[0], swapped if len(swapped) > 1 else swapped[0])
+    logits, expected = model(tokens[:1], state)
+    assert log_probs.dtype == np.float64
+    logits = logits[0].astype(np.float64)
+    error = log_probs - (logits - np.log(np.exp(logits).sum(1, keepdims=True)))
+    assert np.abs(error).max() < oracle.TOLERANCE[dtype]
+    for a, b in zip(arrays_of(after), arrays_of(expected)):
+        assert_same_bits(a, np.ascontiguousarray(b.swapaxes(0, 1)))
+    nothing = tuple(np.zeros_like(s) for s in swapped)
+    assert_same_bits(model.step(tokens[0])[0], model.step(tokens[0], nothing if len(nothing) > 1 else nothing[0])[0])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_decoding_methods_are_the_functions(cell):
+    model, *_, state = model_and_tokens(cell=cell)
+    options = {"bos": [1, 2, 3, 4], "eos": 0, "max_length": 9}
+    for name, more in (("beam_search", {"beam_size": 3}), ("greedy", {})):
+        found = getattr(model, name)(state, **options, **more)
+        expected = getattr(fastrnn, name)(model, state, **options, **more)
+        for a, b in zip(found[:4], expected[:4]):
+            assert_same_bits(a, b)
+    for name, more in (("sample", {"top_k": 3}), ("stochastic_beam_search", {"beam_size": 3})):
+        found, expected = (
+            f(*arguments, state, **options, **more, rng=np.random.default_rng(1))
+            for f, arguments in ((getattr(model, name), ()), (getattr(fastrnn, name), (model,)))
+        )
+        for a, b in zip(found, expected):
+            assert_same_bits(a, b)
 
 
 def test_generation_refuses_what_is_not_finite():
