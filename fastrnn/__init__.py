@@ -16,7 +16,7 @@ if not (Path(__file__).parent / "kernels").is_dir():
 
 __version__ = "0.1.0"
 
-from . import losses, models, optim, training
+from . import losses, models, optim, seq2seq, tasks, training
 from .batching import get_num_threads, set_num_threads
 from .beam import beam_search, greedy
 from .bptt import truncated_bptt
@@ -28,6 +28,7 @@ from .losses import cross_entropy
 from .models import LanguageModel
 from .optim import clip_grad_norm, clip_grad_value
 from .sampling import sample, stochastic_beam_search
+from .seq2seq import Seq2Seq
 
 __all__ = [
     "GRU",
@@ -40,6 +41,7 @@ __all__ = [
     "LanguageModel",
     "Linear",
     "RNNCell",
+    "Seq2Seq",
     "beam_search",
     "clip_grad_norm",
     "clip_grad_value",
@@ -50,8 +52,10 @@ __all__ = [
     "models",
     "optim",
     "sample",
+    "seq2seq",
     "set_num_threads",
     "stochastic_beam_search",
+    "tasks",
     "training",
     "truncated_bptt",
 ]

@@ -11,17 +11,26 @@ from .beam import Hypotheses, beam_search, greedy
 from .checks import as_array, as_indices, as_kernel_array, as_seed, describe, integer, number, probability
 from .decoding import Parts
 from .heads import Embedding, Linear
-from .layers import GRU, LSTM, RNN
 from .losses import cross_entropy
 from .masks import drop
 from .parameters import Array, JoinedParameters, Module, read_file
-from .recurrent import Gradients, Recurrent
+from .recurrent import Gradients
 from .sampling import Samples, StochasticBeams, sample, stochastic_beam_search
+from .seq2seq import CELLS, Seq2Seq
+
+__all__ = [
+    "CELLS",
+    "CHECKPOINT_PREFIX",
+    "LanguageModel",
+    "Seq2Seq",
+    "Vocabulary",
+    "from_metadata",
+    "load",
+    "read_config",
+]
 
 # Arrays of a checkpoint that are not the model's parameters are named so.
 CHECKPOINT_PREFIX = "training."
-# The recurrent layers that a model may have.
-CELLS: dict[str, Callable[..., Recurrent]] = {"rnn": RNN, "lstm": LSTM, "gru": GRU}
 
 
 class Vocabulary:

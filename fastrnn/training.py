@@ -1,7 +1,8 @@
-"""Training a language model by truncated backpropagation through time, with checkpoints that continue exactly.
+"""Training with checkpoints that continue exactly: of a language model, and of sequence-to-sequence models.
 
-The text is cut into ``batch`` streams that are read side by side, window after window of ``seq_len`` steps. The state
-is carried from window to window; gradients end at the window's edge (Williams and Peng 1990; Mikolov et al. 2010).
+A language model is trained by truncated backpropagation through time. The text is cut into ``batch`` streams that are
+read side by side, window after window of ``seq_len`` steps. The state is carried from window to window; gradients end
+at the window's edge (Williams and Peng 1990; Mikolov et al. 2010). Pairs of sequences are read whole.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -22,82 +23,58 @@ from .losses import cross_entropy
 from .models import CHECKPOINT_PREFIX, LanguageModel, read_config
 from .optim import Optimizer, clip_grad_norm
 from .parameters import Array, read_file, write_file
+from .recurrent import Gradients
+from .seq2seq import Seq2Seq, pad
 
 SCHEDULES = ("constant", "cosine")
 
 
-class Trainer:
-    """Trains a language model on a text, update by update.
+class Training:
+    """What trainers share: updates, the learning rate's schedule, checkpoints, Ctrl-C.
 
-    Args:
-        model, optimizer: the optimiser is of the model's parameters; its ``lr`` is the first update's.
-        tokens: the text, integers (N,), at least two for each stream.
-        batch: streams side by side.
-        seq_len: steps of a window; an epoch's last one may be shorter.
-        epochs: times that the text is read.
-        clip: the largest norm of an update's gradients (`clip_grad_norm`), or None.
-        schedule: "constant", or "cosine", by which the learning rate falls to 0 at the last update's end
-            (Loshchilov and Hutter 2017).
-        seed: of the dropout masks; None takes the system's.
-
-    Raises TypeError or ValueError for an argument of a wrong type or value.
-
-    >>> from fastrnn.models import LanguageModel
-    >>> from fastrnn.optim import Adam
-    >>> from fastrnn.training import Trainer
-    >>> model = LanguageModel(2, 4, 8, seed=0, vocabulary="ab")
-    >>> optimizer = Adam(model.parameters, lr=0.01)
-    >>> trainer = Trainer(model, optimizer, model.vocabulary.encode("ab" * 200), batch=2, seq_len=10, epochs=5)
-    >>> losses = []
-    >>> trainer.run(progress=losses.append)
-    True
-    >>> len(losses), losses[-1] < losses[0] / 2
-    (100, True)
+    A trainer says how many ``windows`` an epoch has, which are learnt one an update, and how loss and gradients of the
+    next one come about (``_loss_and_gradients``). ``state`` is what it carries from one to the next, an array or a
+    tuple of arrays, None before an epoch's first one.
     """
+
+    # In checkpoints, the arrays of the state have these names.
+    STATE_NAMES: tuple[str, ...]
+    windows: int
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: Any,
         optimizer: Optimizer,
-        tokens: Any,
-        batch: int = 32,
-        seq_len: int = 64,
-        epochs: int = 1,
-        clip: float | None = None,
-        schedule: str = "constant",
-        seed: int | None = None,
+        batch: int,
+        epochs: int,
+        clip: float | None,
+        schedule: str,
+        seed: int | None,
     ):
-        if not isinstance(model, LanguageModel):
-            raise TypeError(f"model: expected a LanguageModel, got {describe(model)}")
         if not isinstance(optimizer, Optimizer) or optimizer.parameters is not model.parameters:
             raise TypeError(f"optimizer: expected one of the model's parameters, got {describe(optimizer)}")
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {describe(schedule)}")
         self.model, self.optimizer = model, optimizer
-        self.batch, self.seq_len, self.epochs = (
-            positive(batch, "batch"),
-            positive(seq_len, "seq_len"),
-            positive(epochs, "epochs"),
-        )
+        self.batch, self.epochs = positive(batch, "batch"), positive(epochs, "epochs")
         self.clip = None if clip is None else number(clip, "clip", 0)
         self.schedule, self.lr = schedule, optimizer.lr
-        tokens = _text(tokens, model.num_tokens, self.batch)
-        self._streams = streams(tokens, self.batch)
         self.settings: dict[str, Any] = {
             "batch": self.batch,
-            "seq_len": self.seq_len,
             "epochs": self.epochs,
             "clip": self.clip,
             "schedule": self.schedule,
             "seed": seed,
             "lr": self.lr,
             "optimizer": {"class": type(optimizer).__name__, **optimizer.config},
-            "text": hashlib.sha256(tokens.tobytes()).hexdigest(),
         }
-        self.windows = -(-(len(self._streams) - 1) // self.seq_len)
         self.epoch, self.window = 0, 0
         self.state: Any = None
         self._rng = np.random.default_rng(as_seed(seed))
+
+    def _loss_and_gradients(self) -> tuple[float, Any, Gradients]:
+        """``loss, state, grads`` of the window that comes next."""
+        raise NotImplementedError
 
     @property
     def updates(self) -> int:
@@ -116,12 +93,9 @@ class Trainer:
         """
         if self.updates >= self.total:
             raise RuntimeError(f"update: expected at most {self.total} updates, as many have been made")
-        first = self.window * self.seq_len
-        last = min(first + self.seq_len, len(self._streams) - 1)
         if self.schedule == "cosine":
             self.optimizer.lr = self.lr * (0.5 + 0.5 * math.cos(math.pi * self.updates / self.total))
-        inputs, targets = self._streams[first:last], self._streams[first + 1 : last + 1]
-        loss, state, grads = self.model.loss_and_gradients(inputs, targets, self.state, self._rng)
+        loss, state, grads = self._loss_and_gradients()
         if not math.isfinite(loss):
             raise FloatingPointError(f"loss: expected a finite number, got {loss}: try a smaller learning rate")
         if self.clip is not None:
@@ -171,7 +145,7 @@ class Trainer:
             arrays[f"{CHECKPOINT_PREFIX}optimizer.{name}"] = array
         if self.state is not None:
             state = self.state if isinstance(self.state, tuple) else (self.state,)
-            for name, array in zip("hc", state):
+            for name, array in zip(self.STATE_NAMES, state):
                 arrays[f"{CHECKPOINT_PREFIX}state.{name}"] = array
         progress = {"epoch": self.epoch, "window": self.window, "rng": self._rng.bit_generator.state}
         metadata = {
@@ -183,8 +157,8 @@ class Trainer:
     def resume(self, path: str | os.PathLike[str]) -> None:
         """Continue from a checkpoint, which gives the same bits as if nothing had come between.
 
-        Raises FileNotFoundError; ValueError for a file that is no checkpoint, or one of another model, text or
-        other settings; then nothing changes.
+        Raises FileNotFoundError; ValueError for a file that is no checkpoint, or one of another model, text,
+        pairs or other settings; then nothing changes.
         """
         arrays, metadata = read_file(path)
         theirs, progress = read_settings(metadata, path)
@@ -196,9 +170,132 @@ class Trainer:
         self.optimizer.load_state_dict({n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)})
         self.epoch, self.window = progress["epoch"], progress["window"]
         self._rng.bit_generator.state = progress["rng"]
-        names = [f"{CHECKPOINT_PREFIX}state.{name}" for name in "hc"]
+        names = [f"{CHECKPOINT_PREFIX}state.{name}" for name in self.STATE_NAMES]
         state = tuple(arrays[name] for name in names if name in arrays)
         self.state = state if len(state) > 1 else state[0] if state else None
+
+
+class Trainer(Training):
+    """Trains a language model on a text, update by update.
+
+    Args:
+        model, optimizer: the optimiser is of the model's parameters; its ``lr`` is the first update's.
+        tokens: the text, integers (N,), at least two for each stream.
+        batch: streams side by side.
+        seq_len: steps of a window; an epoch's last one may be shorter.
+        epochs: times that the text is read.
+        clip: the largest norm of an update's gradients (`clip_grad_norm`), or None.
+        schedule: "constant", or "cosine", by which the learning rate falls to 0 at the last update's end
+            (Loshchilov and Hutter 2017).
+        seed: of the dropout masks; None takes the system's.
+
+    Raises TypeError or ValueError for an argument of a wrong type or value.
+
+    >>> from fastrnn.models import LanguageModel
+    >>> from fastrnn.optim import Adam
+    >>> from fastrnn.training import Trainer
+    >>> model = LanguageModel(2, 4, 8, seed=0, vocabulary="ab")
+    >>> optimizer = Adam(model.parameters, lr=0.01)
+    >>> trainer = Trainer(model, optimizer, model.vocabulary.encode("ab" * 200), batch=2, seq_len=10, epochs=5)
+    >>> losses = []
+    >>> trainer.run(progress=losses.append)
+    True
+    >>> len(losses), losses[-1] < losses[0] / 2
+    (100, True)
+    """
+
+    STATE_NAMES = ("h", "c")
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        optimizer: Optimizer,
+        tokens: Any,
+        batch: int = 32,
+        seq_len: int = 64,
+        epochs: int = 1,
+        clip: float | None = None,
+        schedule: str = "constant",
+        seed: int | None = None,
+    ):
+        if not isinstance(model, LanguageModel):
+            raise TypeError(f"model: expected a LanguageModel, got {describe(model)}")
+        super().__init__(model, optimizer, batch, epochs, clip, schedule, seed)
+        self.seq_len = positive(seq_len, "seq_len")
+        tokens = _text(tokens, model.num_tokens, self.batch)
+        self._streams = streams(tokens, self.batch)
+        self.settings |= {"seq_len": self.seq_len, "text": hashlib.sha256(tokens.tobytes()).hexdigest()}
+        self.windows = -(-(len(self._streams) - 1) // self.seq_len)
+
+    def _loss_and_gradients(self) -> tuple[float, Any, Gradients]:
+        first = self.window * self.seq_len
+        last = min(first + self.seq_len, len(self._streams) - 1)
+        inputs, targets = self._streams[first:last], self._streams[first + 1 : last + 1]
+        return self.model.loss_and_gradients(inputs, targets, self.state, self._rng)
+
+
+class PairTrainer(Training):
+    """Trains a sequence-to-sequence model on pairs of sequences, which are shuffled in every epoch.
+
+    Args:
+        model, optimizer: the optimiser is of the model's parameters; its ``lr`` is the first update's.
+        sources, targets: as many of both, lists of tokens.
+        batch: pairs of an update; an epoch's last one may have fewer.
+        epochs: times that the pairs are read.
+        clip, schedule: as for `Trainer`.
+        seed: of the order and the dropout masks; None takes the system's.
+
+    Raises TypeError or ValueError for an argument of a wrong type or value.
+
+    >>> from fastrnn.optim import Adam
+    >>> from fastrnn.seq2seq import Seq2Seq
+    >>> from fastrnn.training import PairTrainer
+    >>> model = Seq2Seq(2, 2, 4, 8, seed=0)
+    >>> optimizer = Adam(model.parameters, lr=0.02)
+    >>> trainer = PairTrainer(model, optimizer, [[0, 1], [1], [1, 1]], [[1, 0], [0], [0, 0]], epochs=60, seed=0)
+    >>> trainer.run()
+    True
+    >>> sources, lengths = [[0, 1], [1, 1]], [2, 1]  # the first one has 0, 1 and the second one 1
+    >>> model.greedy(sources, lengths).tokens[:, 0]
+    array([[1, 0, 2], [0, 2, 2]])
+    """
+
+    STATE_NAMES = ("order",)
+
+    def __init__(
+        self,
+        model: Seq2Seq,
+        optimizer: Optimizer,
+        sources: Sequence[Any],
+        targets: Sequence[Any],
+        batch: int = 32,
+        epochs: int = 1,
+        clip: float | None = None,
+        schedule: str = "constant",
+        seed: int | None = None,
+    ):
+        if not isinstance(model, Seq2Seq):
+            raise TypeError(f"model: expected a Seq2Seq, got {describe(model)}")
+        super().__init__(model, optimizer, batch, epochs, clip, schedule, seed)
+        self._sources, self._targets = pad(sources), pad(targets)
+        count = len(self._sources[1])
+        if len(self._targets[1]) != count:
+            raise ValueError(f"targets: expected {count}, as there are sources, got {len(self._targets[1])}")
+        as_indices(self._sources[0], "sources", model.num_sources)
+        as_indices(self._targets[0], "targets", model.end)
+        content = b"".join(array.tobytes() for array in (*self._sources, *self._targets))
+        self.settings["pairs"] = hashlib.sha256(content).hexdigest()
+        self.windows = -(-count // self.batch)
+
+    def _loss_and_gradients(self) -> tuple[float, Any, Gradients]:
+        order = self._rng.permutation(len(self._sources[1])) if self.state is None else self.state
+        chosen = order[self.window * self.batch : (self.window + 1) * self.batch]
+        pairs = []
+        for tokens, lengths in (self._sources, self._targets):
+            longest = max(1, lengths[chosen].max())
+            pairs += [tokens[:longest, chosen], lengths[chosen]]
+        loss, grads = self.model.loss_and_gradients(*pairs, self._rng)
+        return loss, order, grads
 
 
 def read_settings(metadata: dict[str, str], path: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The command line: runs, errors, and that a run survives Ctrl-C and kill -9."""
 
+import json
 import os
 import re
 import signal
@@ -7,12 +8,16 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
-from fastrnn import batching, cli, models
+from fastrnn import batching, models, seq2seq
 from fastrnn.cli import main
+from fastrnn.tasks import TASKS
+from fastrnn.training import Trainer
 
+SMALL_TASK = ["--hidden", "8", "--embed", "4", "--examples", "100", "--batch", "10", "--epochs", "2", "--lr", "0.02"]
 SMALL = ["--hidden", "8", "--embed", "4", "--seq-len", "10", "--batch", "4", "--epochs", "2", "--lr", "0.02"]
 
 
@@ -72,6 +77,33 @@ def test_train_then_generate(text, tmp_path, capsys):
     assert greedy == "1 is süß" + model.vocabulary.decode(tokens) + "\n"
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_train_on_a_task(task, tmp_path, capsys):
+    out = tmp_path / "model"
+    options = ["--cell", "gru", "--no-attention"] if task == "sort" else ["--no-bidirectional"]
+    argv = ["train", "--task", task, *SMALL_TASK, *options, "--out", out, "--seed", 5, "--threads", 1]
+    code, stdout, stderr = run(argv, capsys)
+    assert code == 0, stderr
+    assert re.match(r"100 pairs to learn, 1,000 held out; [\d,]+ parameters, 20 updates, 1 threads\n", stdout)
+    assert "pairs/s" in stderr
+    model = seq2seq.load(out)
+    expected = {"cell": "lstm", "attention": True, "bidirectional": task == "sort", "hidden_size": 8}
+    expected |= {"cell": "gru", "attention": False} if task == "sort" else {}
+    assert {name: model.config[name] for name in expected} == expected
+
+    _, held_out = TASKS[task].pairs(100, 1000, 5)
+    for name, beam in (("greedy", 1), ("beam of 8", 8)):
+        answers = model.translate([source for source, _ in held_out], beam)
+        right = np.mean([answer == expected for answer, (_, expected) in zip(answers, held_out)])
+        assert f"held out, {name}: {right:.2%} right\n" in stdout
+    lines = stdout.splitlines()[3:]
+    assert lines == [
+        f"{source} -> {answer}{'' if answer == right else f', not {right}'}"
+        for (source, right), answer in zip(held_out[:5], answers)
+    ]
+    assert run(argv, capsys)[1] == stdout
+
+
 @pytest.mark.parametrize("cell", models.CELLS)
 def test_cell_is_chosen_and_kept_by_the_checkpoint(cell, text, tmp_path, capsys):
     out = tmp_path / "model"
@@ -99,8 +131,7 @@ def test_what_is_held_out_is_not_learnt(tmp_path, capsys):
 
 
 def test_without_a_file_it_learns_the_language_reference(tmp_path, capsys, monkeypatch):
-    lengths = []
-    monkeypatch.setattr(cli, "_run", lambda trainer, out, every: lengths.append(trainer.total) is not None)
+    monkeypatch.setattr(Trainer, "run", lambda trainer, path, every, progress: False)
     code, stdout, stderr = run(["train", "--out", tmp_path / "m", "--hidden", 4], capsys)
     assert code == 130
     assert int(re.match(r"([\d,]+) characters to learn", stdout)[1].replace(",", "")) > 300_000
@@ -113,9 +144,9 @@ def whole_run(text, out, capsys, options=()):
     return stdout[stdout.index("validation") :], models.load(out).state_dict()
 
 
-def assert_same_run(result, out, unbroken):
-    assert result[result.index("validation") :] == unbroken[0]
-    for name, array in models.load(out).state_dict().items():
+def assert_same_run(result, out, unbroken, begins="validation"):
+    assert result[result.index(begins) :] == unbroken[0]
+    for name, array in seq2seq.load(out).state_dict().items():
         assert array.tobytes() == unbroken[1][name].tobytes(), name
 
 
@@ -165,6 +196,27 @@ def test_survives_ctrl_c(text, tmp_path, capsys):
     assert_same_run(stdout, out, unbroken)
 
 
+def test_a_task_survives_ctrl_c(tmp_path, capsys):
+    options = ["--task", "sort", *SMALL_TASK, "--epochs", 60, "--dropout", 0.1, "--every", 1000]
+    out = tmp_path / "unbroken"
+    code, stdout, _ = run(["train", *options, "--out", out], capsys)
+    assert code == 0
+    unbroken = stdout[stdout.index("held out, greedy") :], seq2seq.load(out).state_dict()
+    out = tmp_path / "broken"
+    process = start(["train", *options, "--out", out])
+    while process.poll() is None and not out.exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert f"stopped; --task sort --resume --out {out} continues" in stderr
+    # The rest's settings come from the checkpoint.
+    code, stdout, _ = run(["train", "--task", "sort", "--resume", "--out", out], capsys)
+    assert code == 0
+    assert_same_run(stdout, out, unbroken, "held out, greedy")
+
+
 def test_resume_without_a_checkpoint_begins(text, tmp_path, capsys):
     code, _, stderr = run(["train", text, *SMALL, "--resume", "--out", tmp_path / "model"], capsys)
     assert code == 0
@@ -193,6 +245,85 @@ def model(text, tmp_path, capsys):
     out = tmp_path / "model"
     assert run(["train", text, *SMALL, "--epochs", 1, "--out", out], capsys)[0] == 0
     return out
+
+
+@pytest.fixture
+def solver(tmp_path, capsys):
+    out = tmp_path / "solver"
+    assert run(["train", "--task", "reverse", *SMALL_TASK, "--out", out], capsys)[0] == 0
+    return out
+
+
+def test_search_of_a_language_model(model, capsys):
+    argv = ["generate", model, "--prompt", "1 is", "--length", 12, "--beam", 5]
+    trained = models.load(model)
+    vocabulary = trained.vocabulary
+    prompt = vocabulary.encode("1 is")
+    _, state = trained(prompt[:-1, None])
+    options = {"bos": prompt[-1], "beam_size": 5, "max_length": 12}
+    best = trained.beam_search(state, eos=None, num_return=3, **options)
+    texts = [vocabulary.decode(tokens) for tokens in best.tokens[0]]
+
+    code, stdout, stderr = run([*argv, "-n", 3], capsys)
+    assert code == 0, stderr
+    shown = [text.replace("\n", "\\n").replace("\r", "\\r") for text in texts]
+    assert stdout.split("\n") == [*[f"{score:9.4f}  1 is{text}" for score, text in zip(best.scores[0], shown)], ""]
+    assert run(argv, capsys)[1] == stdout.splitlines()[0] + "\n"
+    code, stdout, _ = run([*argv, "-n", 3, "--json"], capsys)
+    result = json.loads(stdout)
+    assert result["prompt"] == "1 is"
+    assert [text["text"] for text in result["texts"]] == texts
+    assert [text["score"] for text in result["texts"]] == best.scores[0].tolist()
+    assert [text["log_prob"] for text in result["texts"]] == best.log_probs[0].tolist()
+
+    # Of one character, ending at another, with another model's temperature.
+    options = {"bos": prompt[0], "eos": vocabulary.encode(" ")[0], "beam_size": 5, "max_length": 12}
+    best = trained.beam_search(None, num_return=5, length_penalty=0.5, temperature=2.0, **options)
+    argv = ["generate", model, "--prompt", "1", "--length", 12, "--beam", 5, "-n", 5, "--json"]
+    code, stdout, stderr = run([*argv, "--end", " ", "--length-penalty", 0.5, "--temperature", 2], capsys)
+    assert code == 0, stderr
+    for i, text in enumerate(json.loads(stdout)["texts"]):
+        assert text["text"] == vocabulary.decode(best.tokens[0, i, : best.lengths[0, i]])
+        assert text["score"] == best.scores[0, i]
+
+    argv = [*argv[:-3], "--stochastic", "--seed", 3]
+    code, stdout, stderr = run([*argv, "--json"], capsys)
+    assert code == 0, stderr
+    drawn = trained.stochastic_beam_search(
+        None, bos=prompt[0], eos=None, beam_size=5, max_length=12, rng=np.random.default_rng(3)
+    )
+    texts = json.loads(stdout)["texts"]
+    assert [text["text"] for text in texts] == [vocabulary.decode(tokens) for tokens in drawn.tokens[0]]
+    assert [text["perturbed_log_prob"] for text in texts] == drawn.perturbed[0].tolist()
+    _, stdout, _ = run([*argv, "-n", 2], capsys)
+    assert [float(line[:9]) for line in stdout.splitlines()] == drawn.log_probs[0, :2].round(4).tolist()
+
+
+def test_search_of_a_task(solver, capsys):
+    argv = ["generate", solver, "--prompt", "123"]
+    trained = seq2seq.load(solver)
+    source = trained.source_vocabulary.encode("123")[:, None]
+    best = trained.beam_search(source, beam_size=6, num_return=6, length_penalty=0.6)
+    texts = [trained.decode(tokens) for tokens in best.tokens[0]]
+    code, stdout, stderr = run([*argv, "--beam", 6, "-n", 6, "--length-penalty", 0.6], capsys)
+    assert code == 0, stderr
+    assert stdout.splitlines() == [f"{score:9.4f}  {text}" for score, text in zip(best.scores[0], texts)]
+    _, stdout, _ = run([*argv, "--beam", 6, "--json"], capsys)
+    best = trained.beam_search(source, beam_size=6)
+    text = {"text": trained.decode(best.tokens[0, 0]), "log_prob": best.log_probs[0, 0], "score": best.scores[0, 0]}
+    assert json.loads(stdout) == {"prompt": "123", "texts": [text]}
+    drawn = trained.stochastic_beam_search(source, beam_size=6, rng=np.random.default_rng(3))
+    code, stdout, _ = run([*argv, "--beam", 6, "--stochastic", "--seed", 3], capsys)
+    assert [line[11:] for line in stdout.splitlines()] == [trained.decode(tokens) for tokens in drawn.tokens[0]]
+
+    code, stdout, _ = run([*argv, "--seed", 3], capsys)
+    sample = trained.sample(source, temperature=0.8, rng=np.random.default_rng(3))
+    assert stdout == trained.decode(sample.tokens[0, 0]) + "\n"
+    code, stdout, _ = run([*argv, "--temperature", 0], capsys)
+    assert stdout == trained.decode(trained.greedy(source).tokens[0, 0]) + "\n"
+    assert len(run([*argv, "--beam", 3, "--length", 2], capsys)[1].split()[1:]) <= 1
+    texts = json.loads(run([*argv, "--beam", 3, "-n", 3, "--length", 2, "--json"], capsys)[1])["texts"]
+    assert all(len(text["text"]) <= 2 for text in texts)
 
 
 ERRORS = {
@@ -229,6 +360,50 @@ ERRORS = {
     "no prompt": (["generate", "{model}", "--prompt", ""], "--prompt: expected at least one character"),
     "length": (["generate", "{model}", "--length", -1], "length: expected at least 0, got -1"),
     "temperature": (["generate", "{model}", "--temperature", -1], "temperature: expected a number from 0"),
+    "nothing to search for": (["generate", "{model}", "--beam", 0], "--beam: expected at least 1, got 0"),
+    "no text": (["generate", "{model}", "--beam", 2, "-n", 0], "-n: expected at least 1, got 0"),
+    "too many texts": (["generate", "{model}", "--beam", 2, "-n", 3], "-n: expected at most --beam, 2, got 3"),
+    "no search": (["generate", "{model}", "-n", 3], "-n: expected only with --beam"),
+    "penalty, no search": (["generate", "{model}", "--length-penalty", 1], "--length-penalty: .* only with --beam"),
+    "stochastic, no search": (["generate", "{model}", "--stochastic"], "--stochastic: expected only with --beam"),
+    "end, no search": (["generate", "{model}", "--end", "."], "--end: expected only with --beam"),
+    "JSON, no search": (["generate", "{model}", "--json"], "--json: expected only with --beam"),
+    "seed for a search": (["generate", "{model}", "--beam", 2, "--seed", 1], "--seed: .* --stochastic, .* got 1"),
+    "penalty of no use": (["generate", "{model}", "--beam", 2, "--length-penalty", 1], "expected only with --end"),
+    "penalty for samples": (
+        ["generate", "{model}", "--beam", 2, "--stochastic", "--length-penalty", 1],
+        "--length-penalty: expected only without --stochastic",
+    ),
+    "penalty": (["generate", "{solver}", "--prompt", "1", "--beam", 2, "--length-penalty", "nan"], "length_penalty: "),
+    "search's temperature": (
+        ["generate", "{model}", "--beam", 2, "--temperature", 0],
+        "temperature: expected a number",
+    ),
+    "ends": (["generate", "{model}", "--beam", 2, "--end", "is"], "--end: expected one character, got 'is'"),
+    "unknown end": (["generate", "{model}", "--beam", 2, "--end", "€"], "vocabulary, got '€' at position 0"),
+    "another end": (["generate", "{solver}", "--prompt", "1", "--beam", 2, "--end", "1"], "--end: expected only for a"),
+    "no source": (["generate", "{solver}"], "--prompt: expected the source, .* got none"),
+    "unknown character of a source": (["generate", "{solver}", "--prompt", "1a"], "vocabulary, got 'a' at position 1"),
+    "length of an answer": (["generate", "{solver}", "--prompt", "1", "--length", 0], "--length: expected at least 1"),
+    "unknown task": (["train", "--task", "fly"], "argument --task: invalid choice: 'fly'"),
+    "text and task": (["train", "{text}", "--task", "sort"], "FILE: expected nothing with --task, got .*text.txt"),
+    "task's windows": (["train", "--task", "sort", "--seq-len", 3], "--seq-len: expected nothing with --task, got 3"),
+    "task's picture": (["train", "--task", "sort", "--diagnose", "a.png"], "--diagnose: expected nothing with --task"),
+    "text's examples": (["train", "{text}", "--examples", 3], "--examples: expected only with --task, got 3"),
+    "text's attention": (["train", "{text}", "--no-attention"], "--attention: expected only with --task, got False"),
+    "examples": (["train", "--task", "sort", "--examples", 0], "--examples: expected at least 1, got 0"),
+    "odd size": (["train", "--task", "sort", "--hidden", 7], "hidden_size: expected an even number"),
+    "task's folder": (["train", "--task", "sort", "--out", "{tmp}/none/x"], "--out: expected a file in a folder"),
+    "task's settings": (
+        ["train", "--task", "reverse", "--resume", "--out", "{solver}", "--hidden", 10],
+        "hidden: the checkpoint .* it has 8, not 10",
+    ),
+    "another task": (
+        ["train", "--task", "sort", "--resume", "--out", "{solver}"],
+        "task: .* has 'reverse', not 'sort'",
+    ),
+    "a text's model": (["train", "--task", "sort", "--resume", "--out", "{model}"], "class: .* 'LanguageModel', not"),
+    "a task's model": (["train", "{text}", "--resume", "--out", "{solver}"], "class: .* has 'Seq2Seq', not"),
     "generate's seed": (["generate", "{model}", "--seed", -1], "seed: expected at least 0, got -1"),
 }
 
@@ -241,8 +416,7 @@ def test_errors_are_one_line(name, text, tmp_path, capsys, request):
     (tmp_path / "empty").write_text("")
     (tmp_path / "other").write_bytes(text.read_bytes()[::-1].replace(b"\xbc\xc3", b"").replace(b"\x9f\xc3", b""))
     names = {n: tmp_path / n for n in ("latin", "short", "empty", "other")} | {"text": text, "tmp": tmp_path}
-    if "{model}" in argv:
-        names["model"] = request.getfixturevalue("model")
+    names |= {n: request.getfixturevalue(n) for n in ("model", "solver") if f"{{{n}}}" in argv}
     argv = [str(a).format(**names) for a in argv]
     if argv[:1] == ["train"] and "--out" not in argv:
         argv += ["--out", str(tmp_path / "out")]
