@@ -22,6 +22,7 @@ Nothing is allocated here.
 
 import math
 from collections import namedtuple
+from typing import Any
 
 import numpy as np
 
@@ -43,6 +44,12 @@ COMMON = "tokens parents log_probs open starts eos min_length banned temperature
 SHARED = {"banned", "penalties", "reach"}
 WORKSPACE = {"lane", "counts", "counted", "ranks", "totals", "candidates", "gumbels", "weights", "heap"}
 
+
+def _fields(name: str, own: str) -> Any:
+    """A named tuple of what all methods have and of a method's own."""
+    return namedtuple(name, f"{COMMON} {own}", module=__name__)
+
+
 # `beam` is a beam search.
 #   prefix int64 (S, any)            tokens that hypotheses begin with; -1: free
 #   groups, diversity, counts        of so many searches, one after the other, the later ones avoid tokens that the
@@ -55,9 +62,9 @@ WORKSPACE = {"lane", "counts", "counted", "ranks", "totals", "candidates", "gumb
 #   best_scores, best_log_probs float64 (S, R), best_places int64 (S, R, 3)
 #                                    the best finished hypotheses: length, parent and last token
 #   ranks, totals float64 (2 K), candidates int64 (2 K)    workspace
-Beam = namedtuple(
+Beam = _fields(
     "Beam",
-    f"{COMMON} prefix groups diversity counts counted penalties reach enough ended "
+    "prefix groups diversity counts counted penalties reach enough ended "
     "best_scores best_log_probs best_places ranks totals candidates",
 )
 
@@ -65,13 +72,13 @@ Beam = namedtuple(
 #   noise float64 (S, any, K, V)     exponentially distributed; step t reads number t % any
 #   perturbed float64 (S, K)         the hypotheses' perturbed log-probabilities, in descending order
 #   gumbels float64 (V), ranks, totals float64 (K), candidates int64 (K)    workspace
-Stochastic = namedtuple("Stochastic", f"{COMMON} noise perturbed gumbels ranks totals candidates")
+Stochastic = _fields("Stochastic", "noise perturbed gumbels ranks totals candidates")
 
 # `draw` draws K sequences independently.
 #   noise float64 (S, any, K)        uniformly distributed; step t reads number t % any
 #   top_k, top_p, min_p              V, 1 and 0 cut nothing
 #   weights (V) of x's dtype, heap int64 (V)    workspace
-Draw = namedtuple("Draw", f"{COMMON} noise top_k top_p min_p weights heap")
+Draw = _fields("Draw", "noise top_k top_p min_p weights heap")
 
 
 # What methods are made of.
