@@ -65,7 +65,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["as called", "masked"])
-@pytest.mark.parametrize(("cell", "options"), CASES, ids=str)
+@pytest.mark.parametrize(("cell", "options"), CASES, ids=[f"{cell} {i}" for i, (cell, _) in enumerate(CASES)])
 def test_finite_differences(cell, options, masked):
     layer, (x, state, dy, dstate) = fake(cell, 3, 5, num_layers=2, bidirectional=True, zoneout=(0.2, 0.3), **options)
     masks = random_masks(layer, x, dy, 5) if masked else None
