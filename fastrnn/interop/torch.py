@@ -12,7 +12,8 @@ everything; ``forward`` is PyTorch's code too, but calls the kernels here. They 
   `torch.utils.checkpoint` and `torch.autograd.graph.saved_tensors_hooks`.
 - There is no second derivative: ``create_graph=True`` raises NotImplementedError.
 - While a model is traced, exported or compiled, PyTorch's own functions run, so that the result needs no fastrnn.
-- A call uses at most `torch.get_num_threads` and `fastrnn.get_num_threads` threads.
+- A call uses at most `torch.get_num_threads` and `fastrnn.get_num_threads` threads. PyTorch's own spin for milliseconds
+  after each of its operations, on CPUs that these want: the environment variable ``GOMP_SPINCOUNT=1000`` shortens it.
 
 >>> import torch
 >>> from fastrnn.interop.torch import LSTM
