@@ -229,9 +229,13 @@ class Module:
 
 
 def write_file(path: str | os.PathLike[str], arrays: Mapping[str, Array], metadata: dict[str, str]) -> None:
-    """Write a safetensors file beside ``path`` and move it there: whoever reads finds the old one or the new one."""
+    """Write a safetensors file, as `replace_file` does."""
+    replace_file(path, to_bytes({name: np.asarray(array, order="C") for name, array in arrays.items()}, metadata))
+
+
+def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file beside ``path`` and move it there: whoever reads finds the old one or the new one."""
     path = Path(path)
-    content = to_bytes({name: np.asarray(array, order="C") for name, array in arrays.items()}, metadata)
     # Always the same name: what a killed process leaves behind, the next one writes over.
     partial = path.with_name(f".{path.name}.partial")
     try:

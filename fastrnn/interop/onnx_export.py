@@ -1,7 +1,6 @@
 """fastrnn's layers and language models as ONNX models."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from .. import __version__
 from ..checks import describe, flag, integer
 from ..layers import GRU, LSTM, RNN
 from ..models import LanguageModel
-from ..parameters import Array
+from ..parameters import Array, replace_file
 from ..recurrent import Recurrent
 from .onnx_nodes import GATES, OUR_GATES
 from .onnx_operators import FIRST_OPSET
@@ -73,7 +72,7 @@ def export(
         producer_version=__version__,
     )
     if path is not None:
-        _write(Path(path), model.SerializeToString())
+        replace_file(path, model.SerializeToString())
     return model
 
 
@@ -219,18 +218,3 @@ def _check(rnn: Recurrent) -> None:
         raise ValueError(f"zoneout: expected 0, as ONNX's operators have none, got {rnn.config['zoneout']}")
     if isinstance(rnn, RNN) and not isinstance(rnn.nonlinearity, str):
         raise ValueError(f"nonlinearity: expected one of {', '.join(FUNCTIONS)}, got functions of the user's own")
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file beside ``path`` and move it there: whoever reads finds the old one or the new one."""
-    # Always the same name: what a killed process leaves behind, the next one writes over.
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
