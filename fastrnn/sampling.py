@@ -95,9 +95,9 @@ def sample(
     >>> import fastrnn
     >>> bigrams = np.log([[0.1, 0.6, 0.3], [0.5, 0.3, 0.2], [0.8, 0.1, 0.1]])
     >>> drawn = fastrnn.sample(
-    ...     lambda tokens, state: (bigrams[tokens], state), bos=1, eos=2, max_length=5, num_samples=3, top_k=2
+    ...     lambda tokens, state: (bigrams[tokens], state), bos=1, eos=None, max_length=5, num_samples=3, top_k=2
     ... )
-    >>> drawn.tokens.shape, bool((drawn.tokens[drawn.lengths == 5] != 2).any())
+    >>> drawn.tokens.shape, bool((drawn.log_probs < 0).all())
     ((1, 3, 5), True)
     """
     T, K, rng = positive(max_length, "max_length"), positive(num_samples, "num_samples"), _generator(rng)
