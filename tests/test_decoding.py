@@ -757,8 +757,9 @@ def test_cuts_and_temperature_zero():
         assert (found.log_probs > -1e-12).all()
     banned = Constraints(banned=[0, 1, 2])
     found = fastrnn.sample(
-        model, model.start(), bos=0, eos=5, max_length=3, num_samples=300, constraints=banned, min_length=2, top_k=3
-    )
+        model, model.start(), bos=0, eos=5, max_length=3, num_samples=300, constraints=banned, min_length=2, top_k=3,
+        rng=np.random.default_rng(0),
+    )  # fmt: skip
     assert set(found.tokens[found.lengths > 0][:, 0]) == {3, 4}
     assert found.lengths.min() == 2
 
