@@ -550,6 +550,19 @@ def test_what_kernels_do_not_run_is_refused(kind):
             module(x.to(weight.dtype).to(weight.device))
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "LSTMCell", "GRUCell"])
+@pytest.mark.parametrize("name", ["weight_ih", "weight_hh", "bias_ih", "bias_hh"])
+@pytest.mark.parametrize("B", [1, 9])
+def test_weights_of_another_shape_are_refused(kind, name, B):
+    module = getattr(interop, kind)(3, 5)
+    name += "_l0" if kind == "LSTM" else ""
+    weight = getattr(module, name)
+    setattr(module, name, nn.Parameter(torch.zeros(len(weight) - 1, *weight.shape[1:])))
+    x = torch.ones(2, B, 3) if kind == "LSTM" else torch.ones(B, 3)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="weights: expected shape"):
+        module(x)
+
+
 def test_a_state_may_be_a_list():
     _, ours = pair("LSTM", 3, 5)
     x, *state = inputs_of(ours, 4, 2, True)

@@ -119,9 +119,11 @@ def _layer_of(kind: str, weights: Sequence[Tensor], num_layers: int, bias: bool,
                 )
         make, gates = KINDS[kind]
         H, I, P = len(weights[0]) // gates, weights[0].shape[1], weights[1].shape[1]
+        _check_shapes(weights, [(len(weights[1]), I)])
         projection = {} if P == H else {"proj_size": P}
         dtype = DTYPES[weights[0].dtype]
         layer = make(I, H, num_layers, bias=bias, bidirectional=bidirectional, dtype=dtype, **projection)
+        _check_shapes(weights, [array.shape for array in layer.parameters.values()])
         arrays = dict(zip(layer.parameters, map(_array, weights)))
         places = np.array([(array.ctypes.data, array.nbytes // 4) for array in arrays.values()])
         known = _Weights(where, arrays, places, b"", layer)
@@ -136,6 +138,13 @@ def _layer_of(kind: str, weights: Sequence[Tensor], num_layers: int, bias: bool,
         if all(weight.is_contiguous() for weight in weights):
             _kept[weights[0]] = known
     return known.layer
+
+
+def _check_shapes(weights: Sequence[Tensor], shapes: list[tuple[int, ...]]) -> None:
+    """Raise for weights that somebody has put in the place of others: kernels do not look where they read."""
+    for weight, shape in zip(weights, shapes):
+        if weight.shape != shape:
+            raise RuntimeError(f"weights: expected shape {shape}, got {tuple(weight.shape)}")
 
 
 def _array(tensor: Tensor) -> Array:
@@ -279,6 +288,8 @@ def _step_directly(
 ) -> list[Tensor]:
     """The state after one step of a few rows, with weights as they lie."""
     step, record, slots = _direct_step(kind, H)
+    rows = KINDS[kind][1] * H
+    _check_shapes(weights, [(rows, I), (rows, H), (rows,), (rows,)])
     after = [torch.empty_like(state) for state in states]
     places = [tensor.data_ptr() for tensor in weights]
     h, h_n = states[0].data_ptr(), after[0].data_ptr()
