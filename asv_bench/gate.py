@@ -3,8 +3,8 @@
     python -m asv_bench.gate --base main
 
 builds both commits first, each with a cache of its own, and compiles. Then blocks of four processes, base head head
-base, measure every benchmark beside a control, a loop that never changes. Noise is what processes of one commit differ
-by, in this session. A benchmark that looks slower is measured again in new processes, and judged by those
+base, take turns at every benchmark, beside a control, a loop that never changes. Noise is what processes of one commit
+differ by, in this session. A benchmark that looks slower is measured again in new processes, and judged by those
 alone. `gate_statistics` has the arithmetic, `Rules` the thresholds.
 """
 
@@ -19,12 +19,16 @@ from pathlib import Path
 
 from . import gate_builds, gate_report
 from .gate_builds import Failed
-from .gate_statistics import Estimate, estimate
+from .gate_statistics import Estimate, estimate, within_block
+from .gate_worker import CONTROL
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDES = ("base", "head")
 NO_REGRESSION, REGRESSION, INCONCLUSIVE, NOT_MEASURED = range(4)
 SECONDS_TO_COMPILE = 1800.0
+BLOCK = ("base", "head", "head", "base")
+# Turns of a block: so many of each benchmark and, of few benchmarks, more.
+TURNS, MOST_TURNS, TURNS_IN_ALL = 12, 48, 240
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,30 @@ class Outcome:
         return INCONCLUSIVE if "too noisy" in verdicts else NO_REGRESSION
 
 
-# measure(side, names) starts a process and returns {"control": seconds, "seconds": {name: seconds}}.
-Measure = Callable[[str, list[str]], dict]
+# measure(names) starts a block's processes; of each name, and the control, it gives their seconds, (turns, 4).
+Measure = Callable[[list[str]], dict[str, list[list[float]]]]
+
+
+@dataclass
+class Found:
+    """Of a benchmark: what `within_block` says of each block, and the least seconds of each side."""
+
+    blocks: list[tuple[float, list[float]]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SIDES, math.inf))
+
+    @property
+    def known(self) -> bool:
+        return len(self.blocks) >= 2
+
+    def add(self, turns: list[list[float]], control: list[list[float]]) -> None:
+        self.blocks.append(within_block(turns, control))
+        for side, *seconds in zip(BLOCK, *turns, strict=True):
+            self.seconds[side] = min(self.seconds[side], *seconds)
+
+
+def estimate_of(found: Found, before: Found | None = None) -> Estimate:
+    """Of what was found; what was found ``before`` tells of noise, and of nothing else."""
+    return estimate(found.blocks, before.blocks if before else ())
 
 
 class Session:
@@ -99,26 +125,32 @@ class Session:
 
     def __init__(self, measure: Measure, rules: Rules, seconds: float, clock: Callable[[], float] = time.monotonic):
         self.measure, self.rules, self.clock = measure, rules, clock
-        self.begin, self.end, self.blocks_measured, self.longest = clock(), clock() + seconds, 0, 0.0
+        self.begin, self.end, self.longest = clock(), clock() + seconds, 0.0
 
-    def block(self, names: list[str], found: "Found") -> None:
-        begin, turned = self.clock(), self.blocks_measured % 2
-        for side in ("head", "base", "base", "head") if turned else ("base", "head", "head", "base"):
-            process = self.measure(side, names)
-            for name in names:
-                found[name][side].append((process["seconds"][name], process["control"]))
-        self.blocks_measured += 1
+    def block(self, names: list[str], found: dict[str, Found]) -> None:
+        begin = self.clock()
+        measured = self.measure(names)
+        for name in names:
+            found[name].add(measured[name], measured[CONTROL])
         self.longest = max(self.longest, self.clock() - begin)
 
-    def round(self, names: list[str], limits: tuple[int, int, float], end: float, found: "Found") -> None:
+    def round(
+        self,
+        names: list[str],
+        limits: tuple[int, int, float],
+        end: float,
+        found: dict[str, Found],
+        before: dict[str, Found] | None = None,
+    ) -> None:
         """Measure, beside what has been found, as many blocks as the rules ask for and the time allows."""
         fewest, most, part = limits
         while True:
-            blocks = {name: len(found[name]["base"]) // 2 for name in names}
+            blocks = {name: len(found[name].blocks) for name in names}
             names = [
                 name
                 for name, n in blocks.items()
-                if n < fewest or (n < most and self.rules.too_noisy(estimate_of(found[name]), part))
+                if n < fewest
+                or (n < most and self.rules.too_noisy(estimate_of(found[name], before and before[name]), part))
             ]
             # A block that would go on past the end is not begun; two are the least that says anything.
             two = all(blocks[name] >= 2 for name in names)
@@ -127,42 +159,26 @@ class Session:
             self.block(names, found)
 
     def results(self, names: list[str]) -> list[Result]:
-        first, second = nothing_of(names), nothing_of(names)
+        first, second = ({name: Found() for name in names} for _ in range(2))
         first_end = self.begin + self.rules.first_share_of_time * (self.end - self.begin)
         self.round(names, self.rules.first, first_end, first)
-        suspects = [name for name in names if known(first[name]) and self.rules.suspects(estimate_of(first[name]))]
-        self.round(suspects, self.rules.second, self.end, second)
+        suspects = [name for name in names if first[name].known and self.rules.suspects(estimate_of(first[name]))]
+        self.round(suspects, self.rules.second, self.end, second, first)
         # What is still noisy has the time that suspects have left.
         self.round([name for name in names if name not in suspects], self.rules.first, self.end, first)
         results = []
         for name in names:
-            confirmed = known(second[name])
-            sides = second[name] if confirmed else first[name]
-            if known(sides):
-                estimated = estimate_of(sides)
-                least = {side: min(seconds for seconds, _ in sides[side]) for side in SIDES}
-                results.append(Result(name, self.rules.verdict(estimated, confirmed), estimated, least, confirmed))
+            confirmed = second[name].known
+            found, before = (second[name], first[name]) if confirmed else (first[name], None)
+            if found.known:
+                estimated = estimate_of(found, before)
+                results.append(
+                    Result(name, self.rules.verdict(estimated, confirmed), estimated, found.seconds, confirmed)
+                )
         return results
 
 
-# Of each benchmark and side, what each process measured: seconds, and those of the control.
-Found = dict[str, dict[str, list[tuple[float, float]]]]
-
-
-def nothing_of(names: list[str]) -> Found:
-    return {name: {side: [] for side in SIDES} for name in names}
-
-
-def known(sides: dict[str, list[tuple[float, float]]]) -> bool:
-    """Two processes of a commit cannot be divided into halves that say anything; four can."""
-    return len(sides["base"]) >= 4
-
-
-def estimate_of(sides: dict[str, list[tuple[float, float]]]) -> Estimate:
-    return estimate(*([math.log(seconds / control) for seconds, control in sides[side]] for side in SIDES))
-
-
-def compare(builds: dict[str, gate_builds.Build], names: list[str], rules: Rules, seconds: float, visits: int = 6):
+def compare(builds: dict[str, gate_builds.Build], names: list[str], rules: Rules, seconds: float, turns: int = TURNS):
     """The `Outcome` of a gate on two builds."""
     outcome, begin = Outcome(), time.monotonic()
     checked = {side: build.run(names, "--check", timeout=SECONDS_TO_COMPILE) for side, build in builds.items()}
@@ -172,9 +188,17 @@ def compare(builds: dict[str, gate_builds.Build], names: list[str], rules: Rules
         outcome.only[side] = sorted(ready[side] & set(checked[other]["missing"]))
     outcome.broken = {side: report["broken"] for side, report in checked.items()}
 
-    def measure(side: str, names: list[str]) -> dict:
-        outcome.processes += 1
-        return builds[side].run(names, "--visits", visits, timeout=max(120.0, seconds))
+    def measure(names: list[str]) -> dict[str, list[list[float]]]:
+        outcome.processes += len(BLOCK)
+        found: dict[str, list[list[float]]] = {name: [] for name in (CONTROL, *names)}
+        with gate_builds.processes([builds[side] for side in BLOCK], names, max(120.0, seconds)) as block:
+            for turn in range(max(turns, min(TURNS_IN_ALL // len(names), MOST_TURNS * turns // TURNS))):
+                # Base and head take turns at being the first.
+                order = (1, 0, 3, 2) if turn % 2 else (0, 1, 2, 3)
+                for name, of_name in found.items():
+                    timed = {i: block[i].seconds(name) for i in order}
+                    of_name.append([timed[i] for i in range(len(BLOCK))])
+        return found
 
     try:
         outcome.results = Session(measure, rules, seconds).results(both)
@@ -234,7 +258,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(*names, sep="\n")
             return NO_REGRESSION
         print(f"compiling, then measuring {len(names)} benchmarks", flush=True)
-        outcome = compare(builds, names, rules, options.time_limit, 2 if options.quick else 6)
+        outcome = compare(builds, names, rules, options.time_limit, 2 if options.quick else TURNS)
     except Failed as failure:
         outcome = Outcome(failure=str(failure))
     print(gate_report.text(outcome))

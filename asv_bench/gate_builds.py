@@ -13,6 +13,9 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
+import threading
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,22 +32,89 @@ class Build:
     folder: Path
     commit: str
 
-    def run(self, names, *arguments, timeout=None):
-        """The report of a `gate_worker` process on this build, of benchmarks with these names."""
+    def command(self, *arguments):
+        """A `gate_worker` of this build, as `subprocess` takes it."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("FASTRNN_")}
         environment |= {"PYTHONPATH": str(self.folder / "site"), "NUMBA_CACHE_DIR": str(self.folder / "cache")}
         # Hashes of strings decide the order of sets, and that where things lie in memory.
         environment |= {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
-        command = [sys.executable, str(WORKER), str(self.folder / "site"), *map(str, arguments)]
+        return {"args": [sys.executable, str(WORKER), str(self.folder / "site"), *arguments], "env": environment}
+
+    def run(self, names, *arguments, timeout=None):
+        """The report of a process on this build, of benchmarks with these names."""
         try:
             done = subprocess.run(
-                command, env=environment, input=json.dumps(names), capture_output=True, text=True, timeout=timeout
+                **self.command(*arguments), input=json.dumps(names), capture_output=True, text=True, timeout=timeout
             )
         except subprocess.TimeoutExpired:
             raise Failed(f"{self.commit[:12]}: no measurement within {timeout:.0f} s") from None
         if done.returncode:
             raise Failed(f"{self.commit[:12]}: the process that measures failed:\n{done.stderr[-TAIL:]}")
         return json.loads(done.stdout)
+
+
+class Process:
+    """A process that stays, and times a benchmark when it is asked to."""
+
+    def __init__(self, build, names):
+        self.commit, self.errors = build.commit, tempfile.TemporaryFile("w+")  # noqa: SIM115
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
+        self.popen = subprocess.Popen(**build.command(), **pipes, text=True, bufsize=1)
+        self._tell(json.dumps(names))
+
+    def _tell(self, line):
+        with suppress(BrokenPipeError):  # `_answer` says why
+            self.popen.stdin.write(f"{line}\n")
+
+    def _answer(self):
+        line = self.popen.stdout.readline()
+        if not line:
+            self.popen.wait()
+            self.errors.seek(0)
+            raise Failed(f"{self.commit[:12]}: the process that measures failed:\n{self.errors.read()[-TAIL:]}")
+        return line
+
+    def ready(self):
+        self._answer()
+
+    def seconds(self, name):
+        self._tell(name)
+        return float(self._answer())
+
+    def close(self):
+        self.popen.kill()
+        self.popen.wait()
+        for file in (self.popen.stdin, self.popen.stdout, self.errors):
+            with suppress(BrokenPipeError):
+                file.close()
+
+
+@contextmanager
+def processes(builds, names, timeout):
+    """A `Process` of each of the builds, all at once; they are ended when the time is up, or the ``with`` block is."""
+    started, late = [], threading.Event()
+
+    def end():
+        late.set()
+        for process in started:
+            process.popen.kill()
+
+    timer = threading.Timer(timeout, end)
+    timer.start()
+    try:
+        for build in builds:
+            started.append(Process(build, names))
+        for process in started:
+            process.ready()
+        yield started
+    except Failed:
+        if late.is_set():
+            raise Failed(f"{builds[0].commit[:12]}: no measurement within {timeout:.0f} s") from None
+        raise
+    finally:
+        timer.cancel()
+        for process in started:
+            process.close()
 
 
 def git(repository, *arguments, text=True):

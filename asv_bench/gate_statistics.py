@@ -1,9 +1,10 @@
 """What the gate makes of its measurements: a ratio, and how sure it is of it.
 
-Each process gives the logarithm of a benchmark's least time by the control's. Noise only ever slows a process down, and
-some far more than others: so of the processes of a commit the fastest third counts, by its mean. Two halves of the
-processes of one commit, divided at random, differ by noise alone, whatever head has changed: from that, in this
-session, comes what the comparison of head with base may differ by.
+A block is four processes that are alive at once, base head head base, and take turns on one CPU: within milliseconds
+all four have timed a benchmark, and what slows the machine for longer slows them alike. So a turn's ratios are sound
+where its times are not, and of a block's turns the median counts, less the control's, which no commit changes. The two
+processes of one commit differ by noise alone, whatever head has changed: from that, in this session, comes what the
+comparison of head with base may differ by.
 """
 
 import math
@@ -12,13 +13,10 @@ from statistics import NormalDist
 
 import numpy as np
 
-COUNTED = 3  # one process in so many
-SPLITS = 60  # of each commit's processes into halves
-
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of the logarithm of head's time by base's, from so many processes of each."""
+    """Of the logarithm of head's time by base's, from so many processes."""
 
     log_ratio: float
     error: float
@@ -43,23 +41,31 @@ class Estimate:
         return 2 * student_quantile(0.5 + confidence / 2, self.freedom) * self.error
 
 
-def fastest(numbers):
-    """The mean of the least third, and of at least two, along the last axis."""
-    numbers = np.sort(numbers, -1)
-    return numbers[..., : max(2, round(numbers.shape[-1] / COUNTED))].mean(-1)
+def within_block(turns, control):
+    """Logarithms of a block's ratios: of head by base, and two of one commit by itself.
 
-
-def estimate(base, head):
-    """The `Estimate` from as many numbers of base as of head, four or more of each."""
-    base, head = np.asarray(base, float), np.asarray(head, float)
-    n, rng = len(base), np.random.default_rng(0)
-    orders = rng.permuted(np.tile(np.arange(n), (SPLITS, 1)), axis=1)
-    halves = np.array(
-        [fastest(side[orders[:, : n // 2]]) - fastest(side[orders[:, -(n // 2) :]]) for side in (base, head)]
+    turns, control: seconds (turns, 4) of the processes base, head, head, base.
+    """
+    base, head, head_again, base_again = range(4)
+    logs = [np.log(np.asarray(seconds, float)) for seconds in (turns, control)]
+    change, *same = (
+        np.subtract(*(np.median(compared(x), 0) for x in logs))
+        for compared in (
+            lambda x: (x[:, head] + x[:, head_again] - x[:, base] - x[:, base_again]) / 2,
+            lambda x: x[:, base_again] - x[:, base],
+            lambda x: x[:, head_again] - x[:, head],
+        )
     )
-    # Halves differ by more than the wholes do: there are half as many processes.
-    error = math.sqrt((halves**2).mean() / 2)
-    return Estimate(float(fastest(head) - fastest(base)), error, n - 1, n)
+    return float(change), [float(x) for x in same]
+
+
+def estimate(blocks, others=()):
+    """The `Estimate` from what `within_block` says of blocks, of two or more; of ``others`` only noise counts."""
+    changes = [change for change, _ in blocks]
+    same = [same for _, same in (*blocks, *others)]
+    # The mean of two processes less that of two others varies half as much as one less another.
+    error = math.sqrt(np.square(same).mean() / 2 / len(changes))
+    return Estimate(float(np.mean(changes)), error, 2 * len(same), 4 * len(changes))
 
 
 def student_quantile(probability, freedom):

@@ -1,8 +1,9 @@
-"""One process of the gate: times the benchmarks of one build, in turn with the control, and prints JSON.
+"""One process of the gate: times the benchmarks of one build when it is asked to, and prints JSON.
 
-    python gate_worker.py BUILD [--names | --check | --visits N] < NAMES
+    python gate_worker.py BUILD [--names | --check] < NAMES
 
-NAMES is a JSON list of benchmarks. It is run as a script, so that ``benchmarks`` is found beside it, and ``fastrnn`` in
+NAMES is a JSON list of benchmarks on a line. Without an option their names follow, a line each, and each is answered by
+the seconds of a call. It is run as a script, so that ``benchmarks`` is found beside it, and ``fastrnn`` in
 the build only. The benchmarks and the control are those of the gate's own checkout, whatever commit is measured.
 """
 
@@ -12,7 +13,6 @@ import inspect
 import itertools
 import json
 import os
-import statistics
 import sys
 import time
 from functools import cache, partial
@@ -20,8 +20,10 @@ from importlib import import_module
 from pathlib import Path
 
 MODULES = ("kernels", "layers", "training", "decoding")
-# Of each benchmark in a visit, after one of the control.
-SAMPLES = 5
+# Of these, taken when a benchmark's turn comes, the least counts.
+SAMPLES = 2
+# A loop that is bound by the multiply-add units, the same whatever commit is measured.
+CONTROL = "control"
 
 
 def all_benchmarks():
@@ -48,23 +50,36 @@ def _prepared(benchmark, values):
     return made
 
 
-def measure(makers, visits):
-    """The least seconds of each, and of the control: a loop that is bound by the multiply-add units.
-
-    Visits go round, so that what slows the machine for a while slows one visit of many benchmarks, and not all of one.
-    The control is sampled beside each benchmark, and of the least beside each the median is taken.
-    """
+def serve(makers, questions):
+    """Answer each question, a benchmark's name or `CONTROL`, by the least seconds of a call in some samples."""
     limits = import_module("benchmarks.limits")
-    control = limits.Sampler(limits.MultiplyAdds("float32"), time.thread_time)
-    samplers = {name: make() for name, make in makers.items()}
-    seconds, beside = (dict.fromkeys(samplers, float("inf")) for _ in range(2))
+    # A block's processes get ready side by side; then they share one CPU.
+    samplers = {name: _anywhere(make) for name, make in makers.items()}
+    samplers[CONTROL] = limits.Sampler(limits.MultiplyAdds("float32"), time.thread_time)
+    _pin()
     gc.collect()
     gc.disable()
-    for _ in range(visits):
-        for name, sampler in samplers.items():
-            beside[name] = min(beside[name], control.sample())
-            seconds[name] = min(seconds[name], *(sampler.sample() for _ in range(SAMPLES)))
-    return {"control": statistics.median(beside.values()), "seconds": seconds}
+    print("ready", flush=True)
+    for question in questions:
+        sampler = samplers[question.strip()]
+        if sampler.calls > 1:  # another process had the caches
+            sampler.call()
+        print(min(sampler.sample() for _ in range(SAMPLES)), flush=True)
+
+
+def _pin():
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+def _anywhere(make):
+    """``make()``, which pins the process, undone."""
+    if not hasattr(os, "sched_setaffinity"):
+        return make()
+    cpus = os.sched_getaffinity(0)
+    made = make()
+    os.sched_setaffinity(0, cpus)
+    return made
 
 
 def check(makers):
@@ -84,26 +99,22 @@ def check(makers):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("build", type=Path)
-    parser.add_argument("--visits", type=int, default=1, metavar="N")
     parser.add_argument(
         "--names", action="store_true", help="only list all benchmarks, and whether the gate takes them"
     )
     parser.add_argument("--check", action="store_true", help="only set them up and call them, and say which can be")
-    arguments, names = parser.parse_args(), json.load(sys.stdin)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    arguments, names = parser.parse_args(), json.loads(sys.stdin.readline())
     import fastrnn
 
     if not Path(fastrnn.__file__).resolve().is_relative_to(arguments.build.resolve()):
         raise SystemExit(f"fastrnn: expected the one in {arguments.build}, got {fastrnn.__file__}")
     chosen = {name: make for name, make, _ in all_benchmarks() if name in names}
     if arguments.names:
-        report = {"names": [[name, in_gate] for name, _, in_gate in all_benchmarks()]}
+        json.dump({"names": [[name, in_gate] for name, _, in_gate in all_benchmarks()]}, sys.stdout)
     elif arguments.check:
-        report = check(chosen)
+        json.dump(check(chosen), sys.stdout)
     else:
-        report = measure(chosen, arguments.visits)
-    json.dump(report, sys.stdout)
+        serve(chosen, sys.stdin)
 
 
 if __name__ == "__main__":

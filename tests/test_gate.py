@@ -4,6 +4,9 @@ import json
 import math
 import re
 import subprocess
+import sys
+import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,57 +14,61 @@ import pytest
 from conftest import ROOT
 
 from asv_bench import gate, gate_builds, gate_proof, gate_report
-from asv_bench.gate_statistics import estimate, student_quantile
+from asv_bench.gate_statistics import estimate, student_quantile, within_block
+from asv_bench.gate_worker import CONTROL
 
 in_git = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the checkout has no git repository")
 
 
 class Machine:
-    """Processes as `gate.Session` starts them, of benchmarks that take a millisecond, on a clock that they move.
+    """Blocks of processes as `gate.Session` has them measured, of benchmarks that take a millisecond.
 
-    slower: what some benchmarks' times are multiplied by in head. noise(rng): of the logarithm of a process's time.
+    slower: what some benchmarks' times are multiplied by in head. process(rng): of the logarithm of a process's times,
+    turn(rng): of that of a single one. Besides, half of the turns are disturbed, all four processes alike.
     """
 
-    def __init__(self, benchmarks, noise, seed, slower=(), seconds=2.0):
+    def __init__(self, benchmarks, noise, seed, slower=(), seconds=8.0):
         self.names = [f"b{i}" for i in range(benchmarks)]
-        self.noise, self.slower, self.seconds, self.now = noise, dict(slower), seconds, 0.0
-        self.rng, self.processes = np.random.default_rng(seed), []
+        (self.process, self.turn), self.slower, self.seconds, self.now = noise, dict(slower), seconds, 0.0
+        self.rng, self.blocks = np.random.default_rng(seed), 0
 
     def clock(self):
         return self.now
 
-    def measure(self, side, names):
+    def turns(self, factor):
+        speed = self.rng.choice([0.0, 0.4], (gate.TURNS, 1)) + [self.process(self.rng) for _ in gate.BLOCK]
+        logs = speed + [[self.turn(self.rng) for _ in gate.BLOCK] for _ in range(gate.TURNS)]
+        return 1e-3 * np.exp(logs) * [factor if side == "head" else 1.0 for side in gate.BLOCK]
+
+    def measure(self, names):
         self.now += self.seconds
-        self.processes.append(side)
-        speed = math.exp(self.rng.normal(0, 0.05))  # of the machine, at this moment: the control has it, too
-        times = {name: 1e-3 * speed * math.exp(self.noise(self.rng)) for name in names}
-        if side == "head":
-            times |= {name: times[name] * factor for name, factor in self.slower.items() if name in times}
-        return {"control": speed * math.exp(self.rng.normal(0, 0.002)), "seconds": times}
+        self.blocks += 1
+        control = {CONTROL: np.exp(self.rng.normal(0, 0.002, (gate.TURNS, 4)))}
+        return control | {name: self.turns(self.slower.get(name, 1.0)) for name in names}
 
     def outcome(self, seconds=600.0, rules=gate.Rules()):  # noqa: B008
         session = gate.Session(self.measure, rules, seconds, self.clock)
-        return gate.Outcome(results=session.results(self.names), processes=len(self.processes))
+        return gate.Outcome(results=session.results(self.names), processes=4 * self.blocks)
 
 
-def quiet(rng):
-    return rng.normal(0, 0.004)
+def gaussian(process, turn):
+    return lambda rng: rng.normal(0, process), lambda rng: rng.normal(0, turn)
 
 
-def normal(rng):
-    return rng.normal(0, 0.01)
+def disturbed(rng):
+    """Half of the turns are, by 5 % in the mean, some by far more."""
+    return rng.normal(0, 0.01) + (rng.exponential(0.05) if rng.random() < 0.5 else 0.0)
 
 
-def one_sided(rng):
-    """Half of the processes are disturbed, by 3 % in the mean, some by far more."""
-    return rng.normal(0, 0.004) + (rng.exponential(0.03) if rng.random() < 0.5 else 0.0)
+quiet, normal, one_sided = gaussian(0.003, 0.004), gaussian(0.006, 0.02), (gaussian(0.004, 0)[0], disturbed)
+NOISES = [quiet, normal, one_sided]
 
 
 def slower(outcome):
     return [result.name for result in outcome.results if result.verdict == "slower"]
 
 
-@pytest.mark.parametrize("noise", [quiet, normal, one_sided])
+@pytest.mark.parametrize("noise", NOISES)
 def test_a_slowdown_of_the_budget_is_found_and_nothing_else(noise):
     """Of 30 benchmarks one is 5 % slower: 95 % of gates or more say so, 5 % or fewer name another or fail without."""
     found = wrong = false = 0
@@ -96,23 +103,39 @@ def test_a_large_slowdown_and_a_gain_are_measured_right():
 
 def test_intervals_hold_what_they_say():
     """95 % intervals of no change hold 1 in nearly that many cases, whatever the noise."""
-    rng = np.random.default_rng(0)
-    for noise in (quiet, normal, one_sided):
-        inside = 0
+    for noise in NOISES:
+        inside, machine = 0, Machine(1, noise, 0)
         for _ in range(400):
-            sides = [[noise(rng) for _ in range(8)] for _ in range(2)]
-            low, high = estimate(*sides).interval()
+            blocks = [within_block(machine.turns(1.0), np.ones((gate.TURNS, 4))) for _ in range(3)]
+            low, high = estimate(blocks).interval()
             inside += low <= 1 <= high
         assert inside >= 0.92 * 400
 
 
 def test_noise_is_measured_within_each_side():
     """A change of head moves the ratio and not the noise."""
-    rng = np.random.default_rng(0)
-    base, head = rng.normal(0, 0.01, (2, 12))
-    same, moved = estimate(base, head), estimate(base, head + 0.3)
-    assert moved.log_ratio == pytest.approx(same.log_ratio + 0.3)
+    turns, control = (np.exp(np.random.default_rng(0).normal(0, 0.01, (2, 5, gate.TURNS, 4)))).tolist()
+    same = estimate([within_block(*block) for block in zip(turns, control)])
+    moved = estimate([within_block(np.multiply(t, [1, 1.3, 1.3, 1]), c) for t, c in zip(turns, control)])
+    assert moved.log_ratio == pytest.approx(same.log_ratio + math.log(1.3))
     assert moved.error == pytest.approx(same.error)
+
+
+def test_the_control_is_subtracted():
+    """What makes every process of one side slower is none of the benchmarks' doing."""
+    turns = np.exp(np.random.default_rng(0).normal(0, 0.01, (gate.TURNS, 4)))
+    side = [1, 1.07, 1.07, 1]
+    (change, same), (expected, expected_same) = (
+        within_block(turns * factor, np.ones_like(turns) * factor) for factor in (side, [1, 1, 1, 1])
+    )
+    assert [change, *same] == pytest.approx([expected, *expected_same])
+
+
+def test_what_a_whole_turn_suffers_does_not_count():
+    turns = np.ones((gate.TURNS, 4)) * [1, 1.05, 1.05, 1] * np.random.default_rng(0).uniform(1, 3, (gate.TURNS, 1))
+    change, same = within_block(turns, np.ones_like(turns))
+    assert change == pytest.approx(math.log(1.05))
+    assert same == pytest.approx([0, 0])
 
 
 @pytest.mark.parametrize(
@@ -124,20 +147,13 @@ def test_student_quantile(probability, freedom, expected):
 
 
 def test_what_is_too_noisy_is_called_so():
-    outcome = Machine(5, lambda rng: rng.normal(0, 0.1), 0).outcome()
+    outcome = Machine(5, gaussian(0.1, 0.1), 0).outcome()
     assert outcome.status == gate.INCONCLUSIVE
     assert {result.verdict for result in outcome.results} <= {"too noisy", "same", "faster"}
 
 
 def test_noise_does_not_hide_a_large_slowdown():
-    assert "b0" in slower(Machine(5, lambda rng: rng.normal(0, 0.03), 0, {"b0": 1.4}).outcome())
-
-
-def test_processes_come_in_blocks():
-    machine = Machine(3, quiet, 0)
-    machine.outcome()
-    assert machine.processes[:8] == ["base", "head", "head", "base", "head", "base", "base", "head"]
-    assert machine.processes.count("base") == machine.processes.count("head")
+    assert "b0" in slower(Machine(5, gaussian(0.03, 0.05), 0, {"b0": 1.4}).outcome())
 
 
 def test_suspects_are_judged_by_new_processes_alone():
@@ -145,10 +161,10 @@ def test_suspects_are_judged_by_new_processes_alone():
     machine = Machine(3, quiet, 0, {"b1": 1.1})
     measure = machine.measure
 
-    def slow_at_first(side, names):
-        if len(machine.processes) >= 4 * gate.Rules().first[0]:
+    def slow_at_first(names):
+        if machine.blocks >= gate.Rules().first[0]:
             machine.slower = {}
-        return measure(side, names)
+        return measure(names)
 
     machine.measure = slow_at_first
     (b1,) = [result for result in machine.outcome().results if result.name == "b1"]
@@ -158,17 +174,17 @@ def test_suspects_are_judged_by_new_processes_alone():
 
 @pytest.mark.parametrize("seconds", [20.0, 60.0, 200.0])
 def test_time_is_bounded(seconds):
-    machine = Machine(4, lambda rng: rng.normal(0, 0.05), 0, {"b0": 1.06})
+    machine = Machine(4, gaussian(0.05, 0.05), 0, {"b0": 1.06})
     machine.outcome(seconds)
     assert machine.now <= seconds
 
 
 def test_a_suspect_that_there_is_no_time_for_is_not_cleared():
-    machine = Machine(2, quiet, 0, {"b0": 1.08}, seconds=4.0)
+    machine = Machine(2, quiet, 0, {"b0": 1.08}, seconds=16.0)
     outcome = machine.outcome(90.0, gate.Rules(first=(3, 3, 1.0), first_share_of_time=1.0, second=(9, 9, 0.0)))
     rules = gate.Rules(second=(2, 2, 1.0))
     assert outcome.status in (gate.REGRESSION, gate.INCONCLUSIVE)
-    short = Machine(2, quiet, 0, {"b0": 1.08}, seconds=4.0).outcome(50.0, gate.Rules(first_share_of_time=1.0))
+    short = Machine(2, quiet, 0, {"b0": 1.08}, seconds=16.0).outcome(50.0, gate.Rules(first_share_of_time=1.0))
     assert short.status == gate.INCONCLUSIVE
     assert rules.verdict(short.results[0].estimate, confirmed=False) == "too noisy"
 
@@ -180,18 +196,22 @@ def test_it_never_passes_by_measuring_nothing():
 
 
 def fake_builds(monkeypatch, reports):
-    """Builds whose processes report this: side -> {"--check": ..., "--visits": function of names}."""
+    """Builds whose processes report this: side -> {"--check": ..., "seconds": function of a name}."""
 
     def build(repository, commit, folder, side):
         def run(names, option, *_, timeout=None):
             if option == "--names":
                 return {"names": [["b0", True], ["b1", True], ["slow", False]]}
-            report = reports[side][option]
-            return report(names) if callable(report) else report
+            return reports[side][option]
 
-        return SimpleNamespace(run=run, commit=commit)
+        return SimpleNamespace(run=run, commit=commit, side=side)
+
+    @contextmanager
+    def processes(builds, names, timeout):
+        yield [SimpleNamespace(seconds=reports[build.side]["seconds"]) for build in builds]
 
     monkeypatch.setattr(gate_builds, "build", build)
+    monkeypatch.setattr(gate_builds, "processes", processes)
     monkeypatch.setattr(gate_builds, "commit_of", lambda repository, revision: revision)
 
 
@@ -201,13 +221,10 @@ def ready(*names, missing=(), broken=()):
 
 def times(**factors):
     rng = np.random.default_rng(0)
-    return lambda names: {
-        "control": 1.0,
-        "seconds": {name: factors.get(name, 1.0) * math.exp(rng.normal(0, 0.002)) for name in names},
-    }
+    return lambda name: factors.get(name, 1.0) * math.exp(rng.normal(0, 0.002))
 
 
-def failing(names):
+def failing(name):
     raise gate_builds.Failed("the process that measures failed:\nSegmentation fault")
 
 
@@ -227,7 +244,7 @@ STATUSES = {
 @pytest.mark.parametrize("case", STATUSES)
 def test_exit_status_and_reports(case, monkeypatch, tmp_path, capsys):
     status, base, head, of_head = STATUSES[case]
-    reports = {"base": {"--check": base, "--visits": times()}, "head": {"--check": head, "--visits": of_head}}
+    reports = {"base": {"--check": base, "seconds": times()}, "head": {"--check": head, "seconds": of_head}}
     fake_builds(monkeypatch, reports)
     summary, data = tmp_path / "gate.md", tmp_path / "gate.json"
     assert gate.main(["--base", "a" * 40, "--markdown", str(summary), "--json", str(data)]) == status
@@ -253,7 +270,7 @@ def test_exit_status_and_reports(case, monkeypatch, tmp_path, capsys):
 
 
 def test_only_and_list(monkeypatch, capsys):
-    reports = {side: {"--check": ready("slow"), "--visits": times()} for side in gate.SIDES}
+    reports = {side: {"--check": ready("slow"), "seconds": times()} for side in gate.SIDES}
     fake_builds(monkeypatch, reports)
     assert gate.main(["--base", "a", "--list"]) == 0
     assert capsys.readouterr().out.split() == ["b0", "b1"]
@@ -292,6 +309,39 @@ def test_a_build_that_fails(tmp_path, capsys):
     assert "the build failed" in capsys.readouterr().out
 
 
+WORKERS = {
+    "answers": "print('ready', flush=True); [print(len(name), flush=True) for name in sys.stdin]",
+    "fails": "sys.exit('no such thing')",
+    "fails later": "print('ready', flush=True); sys.stdin.readline(); sys.exit('a fault')",
+    "hangs": "sys.stdin.read()",
+}
+
+
+def worker(case):
+    command = {"args": [sys.executable, "-c", "import sys; sys.stdin.readline(); " + WORKERS[case]], "env": None}
+    return SimpleNamespace(commit="c" * 40, command=lambda: command)
+
+
+def test_processes_answer_and_end():
+    with gate_builds.processes([worker("answers")] * 2, ["b0"], 60) as two:
+        assert [process.seconds("abc") for process in two] == [4.0, 4.0]
+    assert all(process.popen.returncode is not None for process in two)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [("fails", "no such thing"), ("fails later", "a fault"), ("hangs", "no measurement within 1 s")],
+)
+def test_processes_that_fail(case, message):
+    begin = time.monotonic()
+    with (
+        pytest.raises(gate_builds.Failed, match=message),
+        gate_builds.processes([worker("answers"), worker(case)], ["b0"], 1 if case == "hangs" else 60) as two,
+    ):
+        two[1].seconds("b0")
+    assert time.monotonic() - begin < 30
+
+
 @in_git
 def test_a_real_gate(tmp_path):
     """This commit with itself, and with a copy in which tanh takes half as long again, for which it never passes.
@@ -306,7 +356,7 @@ def test_a_real_gate(tmp_path):
     assert len(str(base.folder)) == len(str(planted.folder))
     names = gate.chosen(base, r"^kernels\.Activations\.")
     assert len(names) == 4
-    outcome = gate.compare({"base": base, "head": planted}, names, gate.Rules(**gate.QUICK), 60, visits=2)
+    outcome = gate.compare({"base": base, "head": planted}, names, gate.Rules(**gate.QUICK), 60, turns=2)
     found = {result.name: result for result in outcome.results}
     assert set(found) == set(names)
     assert outcome.status in (gate.REGRESSION, gate.INCONCLUSIVE)
