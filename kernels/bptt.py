@@ -9,6 +9,7 @@ from collections import namedtuple
 from .barrier import meet
 from .cell import geometry, layout, outputs_of, packed_back_layout, place
 from .compiler import part
+from .denormals import flush_denormals, restore_mode
 from .gemm import WHOLE, Left, Panels, load, panels, product, store, zeros
 from .tile import VECS, at, lanes, width
 
@@ -102,7 +103,7 @@ def backward(
       dh, direct (PP, B, W)              the running gradient by h, and the part of it that does not come through sums
       dm (PH, B, W), ds (U, B, L)        the gradients by m and s
     """
-    cell = cells[0]
+    mode, cell = flush_denormals(), cells[0]
     B, I, H, P = len(dh_n), d_out.x.shape[1], cell.H, cell.P
     T, N = len(steps) - 1, len(dy)
     b0, b1, u0, u1, me, parties = share
@@ -285,3 +286,4 @@ def backward(
         for u in range(u0, u1):
             store(load(at(ds, (u * B + b) * L), L), at(d_out.s_0, b * H + u * L), H - u * L)
     meet(barrier, parties)
+    restore_mode(mode)

@@ -7,6 +7,7 @@ from . import gru, linear, lstm, rnn
 from .barrier import meet
 from .cell import geometry, packed_layout, place
 from .compiler import kernel, part, specialise
+from .denormals import flush_denormals, restore_mode
 from .gemm import Left, Panels, load, product, product_of_row, store
 from .recurrent import Packed, State
 from .search import METHODS, OPEN, some_open
@@ -54,8 +55,9 @@ def _input_gates(packed, x, M, I, target):
 @kernel
 def input_table(packed, embedding, table):
     """`_input_gates` of every token: embedding (V, E) is read; table (V, any), which has room for them, written."""
-    W = width(at(table, 0))
+    mode, W = flush_denormals(), width(at(table, 0))
     _input_gates(packed, at(embedding, 0), len(table), embedding.shape[1], Panels(at(table, 0), W, table.shape[1]))
+    restore_mode(mode)
 
 
 def _first_layer(packed, state, I):
@@ -88,7 +90,7 @@ def _decode(packed, state, states, embedding, table, output, search, first, last
     x (S K, E), logits (some K, V), rows (K, H): workspace. parties, barrier: as for `barrier.meet`, for which a party
     that has no searches left calls with ``last = first``.
     """
-    S, K = search.log_probs.shape
+    mode, (S, K) = flush_denormals(), search.log_probs.shape
     at_once, B, E, h = len(logits) // K, S * K, x.shape[1], state.h[-1]
     W, gates = width(at(x, 0)), at(state.work, 0)
     upper = Packed(packed.cells, packed.offsets[1:], packed.weights, packed.multiply)
@@ -125,6 +127,7 @@ def _decode(packed, state, states, embedding, table, output, search, first, last
                         _reorder(state.s, search.parents[s, t], s, rows)
         t += 1
     meet(barrier, parties)
+    restore_mode(mode)
     return t
 
 

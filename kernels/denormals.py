@@ -14,6 +14,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 I32, I64 = ir.IntType(32), ir.IntType(64)
+BYTES = ir.IntType(8).as_pointer()
 # x86's MXCSR: denormals are zeros (bit 6), flush to zero (15). aarch64's FPCR: flush to zero (24).
 FLUSH = {"x86": 0x8040, "aarch64": 1 << 24}
 
@@ -22,25 +23,30 @@ def _architecture(builder):
     return next((name for name in FLUSH if builder.module.triple.startswith(name)), None)
 
 
-def _assembly(builder, code, constraints, *args):
-    """``code``, which nothing that reads or writes memory is moved past."""
-    result = I64 if "=" in constraints else ir.VoidType()
-    return builder.asm(ir.FunctionType(result, [a.type for a in args]), code, f"{constraints},~{{memory}}", args, True)
+def _call(builder, name, result, *args):
+    """Call an intrinsic of LLVM's; nothing that reads or writes memory is moved past it."""
+    fence = ir.FunctionType(ir.VoidType(), [])
+    builder.asm(fence, "", "~{memory}", [], True)
+    signature = ir.FunctionType(result, [a.type for a in args])
+    value = builder.call(cgutils.get_or_insert_function(builder.module, signature, name), args)
+    builder.asm(fence, "", "~{memory}", [], True)
+    return value
 
 
 def _read(builder):
     if _architecture(builder) == "aarch64":
-        return _assembly(builder, "mrs $0, fpcr", "=r")
+        return _call(builder, "llvm.aarch64.get.fpcr", I64)
     place = cgutils.alloca_once(builder, I32)
-    _assembly(builder, "stmxcsr ($0)", "r", place)
+    _call(builder, "llvm.x86.sse.stmxcsr", ir.VoidType(), builder.bitcast(place, BYTES))
     return builder.zext(builder.load(place), I64)
 
 
 def _write(builder, mode):
     if _architecture(builder) == "aarch64":
-        _assembly(builder, "msr fpcr, $0", "r", mode)
+        _call(builder, "llvm.aarch64.set.fpcr", ir.VoidType(), mode)
     else:
-        _assembly(builder, "ldmxcsr ($0)", "r", cgutils.alloca_once_value(builder, builder.trunc(mode, I32)))
+        place = cgutils.alloca_once_value(builder, builder.trunc(mode, I32))
+        _call(builder, "llvm.x86.sse.ldmxcsr", ir.VoidType(), builder.bitcast(place, BYTES))
 
 
 def _unless_flushing(builder, mode):

@@ -6,6 +6,7 @@ calls a cell's ``advance`` stands for that name in the template `step`.
 
 from . import gru, lstm, rnn
 from .compiler import part, specialise
+from .denormals import flush_denormals, restore_mode
 from .gemm import load, store, zeros
 from .tile import at, dot_products, lanes, pointer
 
@@ -36,7 +37,7 @@ def step(cells, sums, B, I, biased, x, h, s, w_ih, w_hh, b_ih, b_hh, h_n, s_n):
     C-contiguous arrays of the type of ``sums``, which are read. h_n, s_n (B, H): likewise, written. Without a state of
     its own a cell has h for s.
     """
-    cell, a = cells[0], at(sums, 0)
+    mode, cell, a = flush_denormals(), cells[0], at(sums, 0)
     H, L = cell.H, lanes(a)
     x, h, s, h_n, s_n = pointer(x, sums), pointer(h, sums), pointer(s, sums), pointer(h_n, sums), pointer(s_n, sums)
     for u in range((H + L - 1) // L):
@@ -49,6 +50,7 @@ def step(cells, sums, B, I, biased, x, h, s, w_ih, w_hh, b_ih, b_hh, h_n, s_n):
             h_t, s_t = advance(cell, a, u, at(a, b * cell.slots * L), load(at(s, here), n), False)
             store(s_t, at(s_n, here), n)
             store(h_t, at(h_n, here), n)
+    restore_mode(mode)
 
 
 rnn_step = specialise(step, __name__, "rnn_step", advance=rnn.advance)

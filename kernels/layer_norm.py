@@ -41,6 +41,7 @@ from collections import namedtuple
 from .activations import sigmoid, tanh
 from .barrier import meet
 from .compiler import kernel, part
+from .denormals import flush_denormals, restore_mode
 from .gemm import Left, Panels, load, pack_rows, panels, product, store, zeros
 from .lstm import clipped, not_clipped
 from .tile import ROWS, at, fma, lanes, width
@@ -474,22 +475,30 @@ def backward(
 @kernel
 def lstm_forward(cells, *arguments):
     """As `forward`, s being c."""
+    mode = flush_denormals()
     forward(cells[0], lstm_advance, 4, *arguments)
+    restore_mode(mode)
 
 
 @kernel
 def lstm_backward(cells, *arguments):
     """As `backward`, s being c."""
+    mode = flush_denormals()
     backward(cells[0], lstm_retreat, 4, *arguments)
+    restore_mode(mode)
 
 
 @kernel
 def gru_forward(cells, *arguments):
     """As `forward`, s being h."""
+    mode = flush_denormals()
     forward(cells[0], gru_advance, 3, *arguments)
+    restore_mode(mode)
 
 
 @kernel
 def gru_backward(cells, *arguments):
     """As `backward`; the gradient by h is all in that by h_0, and s_0 is neither read nor written."""
+    mode = flush_denormals()
     backward(cells[0], gru_retreat, 3, *arguments)
+    restore_mode(mode)

@@ -13,6 +13,7 @@ and of the weight's gradient by tiles. The bits do not depend on the cut. ``mult
 
 from .barrier import meet
 from .compiler import kernel
+from .denormals import flush_denormals, restore_mode
 from .gemm import WHOLE, Left, Panels, load, pack, pack_rows, pack_transposed, panels, product, store
 from .tile import ROWS, at, lanes, width
 
@@ -43,7 +44,7 @@ def pack_backward(w, out):
 @kernel
 def forward(x, packed, y, xs, save, me, parties, barrier, multiply):
     """``y = x @ w.T + bias``, saving for `backward` if ``save``. y is written, and xs if ``save``."""
-    M, K = x.shape
+    mode, (M, K) = flush_denormals(), x.shape
     N = y.shape[1]
     W = width(at(x, 0))
     PN = panels(N, at(x, 0))
@@ -55,6 +56,7 @@ def forward(x, packed, y, xs, save, me, parties, barrier, multiply):
     bias, w = Panels(at(packed, 0), W, 0), Panels(at(packed, PN * W), K * W, W)
     product(multiply, p0, p1, W, N, r1 - r0, bias, Panels(at(y, r0 * N), W, N), Left(at(x, r0 * K), K, 1, 1, 0), w, K)
     meet(barrier, parties)
+    restore_mode(mode)
 
 
 @kernel
@@ -63,7 +65,7 @@ def backward(dy, xs, packed, dx, dw, db, me, parties, barrier, multiply):
 
     dx (M, K), dw (N, K), db (N) are written. Each number of dw and db is summed over the rows in ascending order.
     """
-    M, N = dy.shape
+    mode, (M, N) = flush_denormals(), dy.shape
     K = dx.shape[1]
     W, L = width(at(dy, 0)), lanes(at(dy, 0))
     PN, PK = panels(N, at(dy, 0)), panels(K, at(dy, 0))
@@ -94,14 +96,16 @@ def backward(dy, xs, packed, dx, dw, db, me, parties, barrier, multiply):
             total = total + load(at(dy, r * N + v * L), n)
         store(total, at(db, v * L), n)
     meet(barrier, parties)
+    restore_mode(mode)
 
 
 @kernel
 def add_rows(dy, indices, dw):
     """``dw[indices[i]] += dy[i]`` in ascending order of i. dy (M, D), indices int64 (M); dw (V, D) is added to."""
-    M, D = dy.shape
+    mode, (M, D) = flush_denormals(), dy.shape
     L = lanes(at(dy, 0))
     for i in range(M):
         for j in range(0, D, L):
             target = at(dw, indices[i] * D + j)
             store(load(target, D - j) + load(at(dy, i * D + j), D - j), target, D - j)
+    restore_mode(mode)

@@ -7,6 +7,7 @@ import numpy as np
 from .activations import exp_nonpositive
 from .barrier import meet
 from .compiler import kernel
+from .denormals import flush_denormals, restore_mode
 from .gemm import load, store
 from .tile import at, at_least, lanes, load_whole, store_whole
 
@@ -19,7 +20,7 @@ def cross_entropy(logits, targets, losses, dlogits, work, me, parties, barrier):
     is workspace. All are C-contiguous and belong to the caller. Call number ``me`` of ``parties`` does a share of the
     rows; the bits do not depend on the cut.
     """
-    R, V = logits.shape
+    mode, (R, V) = flush_denormals(), logits.shape
     L = lanes(at(logits, 0))
     lane = at(work, me * 64)
     whole = V - V % L
@@ -55,3 +56,4 @@ def cross_entropy(logits, targets, losses, dlogits, work, me, parties, barrier):
             store(load(at(d, j), V - j) * scale, at(d, j), V - j)
         d[target] -= dlogits.dtype.type(1 / R)
     meet(barrier, parties)
+    restore_mode(mode)

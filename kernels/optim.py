@@ -8,6 +8,7 @@ import math
 import numpy as np
 
 from .compiler import kernel
+from .denormals import flush_denormals, restore_mode
 
 
 @kernel
@@ -16,6 +17,7 @@ def sgd(p, g, v, lr, momentum, weight_decay, nesterov):
 
     p and v (of size 0 without momentum) are updated, g is read; numbers are of the arrays' dtype.
     """
+    mode = flush_denormals()
     if v.size == 0:
         for i in range(p.size):
             p[i] -= lr * (g[i] + weight_decay * p[i])
@@ -28,6 +30,7 @@ def sgd(p, g, v, lr, momentum, weight_decay, nesterov):
         for i in range(p.size):
             v[i] = momentum * v[i] + (g[i] + weight_decay * p[i])
             p[i] -= lr * v[i]
+    restore_mode(mode)
 
 
 @kernel
@@ -36,17 +39,19 @@ def adam(p, g, m, v, step_size, beta1, beta2, one_minus_beta1, one_minus_beta2, 
 
     p, m and v are updated, g is read, to which ``l2 p`` is added; numbers are of the arrays' dtype.
     """
+    mode = flush_denormals()
     for i in range(p.size):
         d = g[i] + l2 * p[i]
         m[i] = beta1 * m[i] + one_minus_beta1 * d
         v[i] = beta2 * v[i] + one_minus_beta2 * (d * d)
         p[i] = keep * p[i] - step_size * (m[i] / (math.sqrt(v[i]) / root + eps))
+    restore_mode(mode)
 
 
 @kernel
 def sum_of_squares(g):
     """The sum of the squares of g in float64, which neither overflows nor loses small numbers among many."""
-    n = g.size
+    mode, n = flush_denormals(), g.size
     a, b, c, d, e, f, h, k = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     whole = n - n % 8
     # Eight sums: one alone would wait for each addition's end before the next.
@@ -61,4 +66,5 @@ def sum_of_squares(g):
         k += np.float64(g[i + 7]) * np.float64(g[i + 7])
     for i in range(whole, n):
         a += np.float64(g[i]) * np.float64(g[i])
+    restore_mode(mode)
     return ((a + b) + (c + d)) + ((e + f) + (h + k))

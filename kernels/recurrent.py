@@ -8,6 +8,7 @@ from collections import namedtuple
 from .barrier import meet
 from .cell import geometry, layout, outputs_of, packed_layout, place
 from .compiler import part
+from .denormals import flush_denormals, restore_mode
 from .gemm import Left, Panels, load, pack_rows, panels, product, product_of_row, store
 from .tile import RIDER_ROWS, ROW_PANELS, VECS, at, row_and_tile_product
 
@@ -21,7 +22,7 @@ def forward(cells, x, h_0, s_0, packed, y, s_n, buffer, steps, chunks, most, mas
 
     most: the rows of the largest chunk.
     """
-    cell = cells[0]
+    mode, cell = flush_denormals(), cells[0]
     B, I, H, P = len(h_0), x.shape[1], cell.H, cell.P
     T, N = len(steps) - 1, len(x)
     b0, b1, u0, u1, me, parties = share
@@ -185,6 +186,7 @@ def forward(cells, x, h_0, s_0, packed, y, s_n, buffer, steps, chunks, most, mas
             for b in range(b0, b1):
                 store(load(at(s, (u * B + b) * L), L), at(s_n, b * H + u * L), H - u * L)
     meet(barrier, parties)
+    restore_mode(mode)
 
 
 # For `step`: what a stack of layers of one direction, one cell, is, and its state. Arrays but for ``multiply``.
@@ -210,7 +212,7 @@ def step(packed, state, x):
 
     The output is the last layer's h, ``state.h[-1]``.
     """
-    (B, I), cell = x.shape, packed.cells[0]
+    mode, (B, I), cell = flush_denormals(), x.shape, packed.cells[0]
     H, P, multiply = cell.H, cell.P, packed.multiply
     W, L, U, G, units = geometry(cell, at(x, 0))
     gates, m = at(state.work, 0), at(state.work, G * B * W)
@@ -256,3 +258,4 @@ def step(packed, state, x):
             PP = panels(P, weights)
             product(multiply, 0, PP, W, P, B, nothing, Panels(h, W, P), Left(m, H, 1, 1, 0), w_hr, H)
         x_k, I = h, P
+    restore_mode(mode)

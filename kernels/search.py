@@ -28,6 +28,7 @@ import numpy as np
 
 from .activations import exp_nonpositive
 from .compiler import kernel, part, specialise
+from .denormals import flush_denormals, restore_mode
 from .gemm import load, store, zeros
 from .tile import at, at_least, lanes, load_part, load_whole, store_whole
 
@@ -457,10 +458,11 @@ choose = None
 
 def _advance(search, t, x):
     """One step of all searches. x: (S K, V)."""
-    K = search.log_probs.shape[1]
+    mode, K = flush_denormals(), search.log_probs.shape[1]
     for s in range(len(search.open)):
         if search.open[s] == OPEN:
             choose(search, t, s, x, s * K)
+    restore_mode(mode)
 
 
 METHODS = {Beam: beam, Stochastic: stochastic, Draw: draw}
@@ -486,20 +488,22 @@ def trace(tokens, parents, places, out):
 @kernel
 def to_log_probabilities(search, x):
     """Divide x (M, V) by the temperature and normalise it, in place."""
-    M, V = x.shape
+    mode, (M, V) = flush_denormals(), x.shape
     for r in range(M):
         row = at(x, r * V)
         _cool(search, row, V)
         total = log_sum_exp(row, V, at(search.lane, 0))
         for v in range(V):
             x[r, v] = min(x[r, v] - total, 0.0)
+    restore_mode(mode)
 
 
 @kernel
 def log_softmax(x, y, lane):
     """``y = x - log(sum(exp(x)))`` by rows. x (M, V) is read, y float64 (M, V) written; lane (64) is workspace."""
-    M, V = x.shape
+    mode, (M, V) = flush_denormals(), x.shape
     for r in range(M):
         total = log_sum_exp(at(x, r * V), V, at(lane, 0))
         for v in range(V):
             y[r, v] = x[r, v] - total
+    restore_mode(mode)
