@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .checks import positive
-from .kernels.tile import LANES_OF, VECS
+from .kernels.tile import VECS
+from .kernels.vector import LANES_OF
 
 # What one call must have to do, in multiply-adds, before a second thread pays for waking it (tens of microseconds).
 WORTH_A_THREAD = 4_000_000
@@ -32,6 +33,7 @@ ALONE = np.zeros(2, np.int64)
 
 Array = NDArray[Any]
 Call = Callable[[int, int, NDArray[np.int64]], Any]
+Together = Callable[[int, Call], None]
 
 
 def _current_cpu() -> int:
@@ -159,14 +161,17 @@ def get_num_threads() -> int:
 
 
 @contextmanager
-def at_most(n: int) -> Iterator[None]:
-    """In a ``with`` block, let the calling thread's calls use at most ``n`` threads, besides `get_num_threads`."""
-    before = _most()
-    _own.most = min(n, before)
+def threads_of(n: int, team: Together | None = None) -> Iterator[None]:
+    """In a ``with`` block, let the calling thread's calls use at most ``n`` threads, besides `get_num_threads`.
+
+    team: runs them in place of `together`'s helpers.
+    """
+    before = _most(), getattr(_own, "team", None)
+    _own.most, _own.team = min(n, before[0]), team
     try:
         yield
     finally:
-        _own.most = before
+        _own.most, _own.team = before
 
 
 def _most() -> int:
@@ -182,6 +187,10 @@ def together(parties: int, call: Call) -> None:
 
     Each call must end by meeting the others at the barrier, so that the first one's end is the end of all.
     """
+    team = getattr(_own, "team", None)
+    if team is not None and parties > 1:
+        team(parties, call)
+        return
     pool = _pool
     helpers = pool.take(parties - 1) if parties > 1 else []
     if not helpers:

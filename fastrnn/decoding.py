@@ -16,9 +16,10 @@ from .checks import DTYPES, as_array, as_indices, as_kernel_array, describe, int
 from .heads import Embedding, Linear
 from .kernels import decode
 from .kernels import search as kernels
-from .kernels.tile import LANES_OF
+from .kernels.vector import LANES_OF
+from .packing import step_size
 from .parameters import Array, read_only
-from .recurrent import Recurrent, step_size
+from .recurrent import Recurrent
 
 Step = Callable[[Array, Any], tuple[Any, Any]]
 

@@ -9,7 +9,8 @@ from . import batching
 from .checks import as_array, as_indices, as_kernel_array, as_seed, flag, float_dtype, positive
 from .kernels import linear as kernels
 from .kernels.gemm import multiply_addresses
-from .kernels.tile import LANES_OF, VECS
+from .kernels.tile import VECS
+from .kernels.vector import LANES_OF
 from .parameters import Array, Module, Parameters, read_only
 
 

@@ -1,6 +1,7 @@
 """Layer normalisation of the LSTM and the GRU: what `Recurrent` does for them in a way of its own.
 
-All functions take the layer, which has ``layer_norm``; those that stand in for a method of `Recurrent` have its name.
+All functions take the layer, which has ``layer_norm``; those that stand in for a method of `Recurrent` or a function of
+`packing` have its name.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ from .batching import Sequences
 from .kernels import layer_norm as kernels
 from .kernels import linear
 from .kernels.gemm import multiply_addresses
-from .kernels.tile import LANES_OF, VECS
+from .kernels.tile import VECS
+from .kernels.vector import LANES_OF
 from .masks import kernel_masks, no_masks
 from .parameters import Array, read_only
 
@@ -43,7 +45,7 @@ def initial(layer: Any, name: str, shape: tuple[int, ...]) -> Array:
 
 
 def packs(layer: Any, save: bool) -> dict[tuple[int, int], tuple[kernels.Weights, kernels.Weights]]:
-    """As the method."""
+    """As the function."""
 
     def derived(key: tuple[int, int], backward: bool) -> kernels.Weights:
         return layer.parameters.derived((backward, *key), partial(_pack, layer, *key, backward))
@@ -136,7 +138,7 @@ def run_direction(
         R = sequences.largest(backs)
         sizes = kernels.Work(du=R * M, dv=R * M, dn=R * H, dp=R * P, dm=B * H, d_seen=B * P, scratch=parties * W)
         space = kernels.Work(*[batching.empty(size, dtype) for size in sizes])
-        out = layer._gradients(sums, key, N, B, I)
+        out = gradients(layer, sums, key, N, B, I)
         for d, d_n in zip((out.h_0, out.s_0), d_after):
             d[...] = d_n
 
@@ -155,7 +157,7 @@ def run_direction(
 
 
 def gradients(layer: Any, sums: Any, key: tuple[int, int], N: int, B: int, I: int) -> kernels.Gradients:
-    """As the method."""
+    """As the function."""
     cell, dtype = layer.cell, layer.dtype
     H, P, M = cell.H, cell.P, cell.gates * cell.H
     if key not in sums:

@@ -6,13 +6,12 @@ stack has the key (layer, 0 or 1), and runs over rows as the kernels read them.
 
 import warnings
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
-from types import SimpleNamespace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import batching, layer_norm
+from . import batching, layer_norm, packing
 from .batching import Sequences
 from .checks import (
     as_array,
@@ -30,18 +29,16 @@ from .kernels import bptt
 from .kernels import cell as cells
 from .kernels import recurrent as steps
 from .kernels.gemm import multiply_addresses
-from .kernels.tile import LANES_OF, ROW_PANELS, VECS
+from .kernels.tile import ROW_PANELS, VECS
+from .kernels.vector import LANES_OF
 from .masks import Masks, draw_masks, kernel_masks, no_masks
-from .parameters import Array, Module, Parameters, read_only
+from .packing import Gradients, Key, Packs, Sums
+from .parameters import Array, Module, Parameters
 
 if TYPE_CHECKING:
     from .streaming import Stream
 
-Gradients = dict[str, Array]
 Pullback = Callable[..., tuple[Array, Any, Gradients]]
-Key = tuple[int, int]
-Sums = dict[Key, list[Array]]
-Packs = dict[Key, tuple[Any, Any]]
 # What each direction's backward pass reads of its forward pass.
 Tape = dict[Key, Any]
 
@@ -163,53 +160,10 @@ class Recurrent(Module):
             for kind, shape in self._kinds(self._inputs_of(k)):
                 yield self._name(kind, k, d), shape
 
-    def _weights(self, k: int, d: int) -> SimpleNamespace:
-        """The parameters of a direction, all of one Numba type, with zeros or nothing for those it lacks."""
-        H, gates = self.cell.H, self.cell.gates
-        given = {kind: self.parameters[self._name(kind, k, d)] for kind, _ in self._kinds(self._inputs_of(k))}
-        none, zeros = np.empty((0, 0), self.dtype), np.zeros(H, self.dtype)
-        if not self.bias:
-            given |= {"bias_ih": np.zeros(gates * H, self.dtype), "bias_hh": np.zeros(gates * H, self.dtype)}
-        peepholes = none
-        if self.cell.peephole:
-            peepholes = np.stack([given.get(f"weight_c{gate}", zeros) for gate in "ifo"])
-        given |= {"weight_hr": given.get("weight_hr", none), "peepholes": peepholes}
-        return SimpleNamespace(**{kind: read_only(array) for kind, array in given.items()})
-
-    def _pack_all(self) -> tuple[Array, list[int]]:
-        """All weights as the forward kernels read them, and where each direction's begin, and the end."""
-        L = LANES_OF[self.dtype]
-        weights = {key: self._weights(*key) for key in self._keys()}
-        sizes = [
-            cells.packed_layout.py_func(self.cell, w.weight_ih.shape[1], VECS * L, L)[-1] for w in weights.values()
-        ]
-        offsets = [0, *np.cumsum(sizes).tolist()]
-        packed = batching.empty(offsets[-1], self.dtype)
-        for w, first, last in zip(weights.values(), offsets, offsets[1:]):
-            biases = w.bias_ih, w.bias_hh
-            cells.pack_forward(
-                self.cell, w.weight_ih, w.weight_hh, *biases, w.weight_hr, w.peepholes, packed[first:last]
-            )
-        return packed, offsets
-
-    def _pack_backward(self, k: int, d: int) -> Array:
-        w = self._weights(k, d)
-        L = LANES_OF[self.dtype]
-        size = cells.packed_back_layout.py_func(self.cell, w.weight_ih.shape[1], VECS * L, L)[-1]
-        packed = batching.empty(size, self.dtype)
-        cells.pack_backward(self.cell, w.weight_ih, w.weight_hh, w.weight_hr, w.peepholes, packed)
-        return packed
-
-    def _packs(self, save: bool) -> Packs:
-        """Each direction's weights as the kernels read them: forward and, if ``save``, backward."""
-        if self.layer_norm:
-            return layer_norm.packs(self, save)
-        return self.parameters.derived(("packs", save), partial(self._make_packs, save))
-
-    def _make_packs(self, save: bool) -> Packs:
-        packed, offsets = self.parameters.derived("forward", self._pack_all)
-        forward = {key: packed[offsets[i] : offsets[i + 1]] for i, key in enumerate(self._keys())}
-        return {key: (pack, self._pack_backward(*key) if save else pack) for key, pack in forward.items()}
+    @property
+    def _packing(self) -> Any:
+        """Whose functions say how weights and gradients lie for the kernels."""
+        return layer_norm if self.layer_norm else packing
 
     @property
     def multiply(self) -> tuple[int, int]:
@@ -239,7 +193,7 @@ class Recurrent(Module):
         return self.parameters.derived("packed", self._make_packed)
 
     def _make_packed(self) -> steps.Packed:
-        packed, offsets = self.parameters.derived("forward", self._pack_all)
+        packed, offsets = packing.packed_of(self)
         return steps.Packed(self.record, np.array(offsets[:-1], np.int64), packed, self.multiply)
 
     def new_state(self, batch_size: int = 1) -> steps.State:
@@ -264,7 +218,7 @@ class Recurrent(Module):
         B, layers = positive(batch_size, "batch_size"), self.num_layers
         h = np.zeros((layers, B, self.cell.P), self.dtype)
         s = np.zeros((layers, B, self.cell.H), self.dtype) if self.STATES == 2 else h
-        return steps.State(h, s, np.empty(step_size(self.cell, B, LANES_OF[self.dtype]), self.dtype))
+        return steps.State(h, s, np.empty(packing.step_size(self.cell, B, LANES_OF[self.dtype]), self.dtype))
 
     # Arguments and results, as the user has them and as the kernels do.
 
@@ -337,7 +291,7 @@ class Recurrent(Module):
             y, after = self._step(x[0], before)
             return self._sequence(y[None], batched), self._state(after, batched)
         sequences = self._sequences(x, lengths)
-        packs = self._packs(save=False)
+        packs = self._packing.packs(self, save=False)
         y, after, _ = self._run(sequences.rows(x), before, sequences, self._expected_masks(), packs)
         return self._sequence(sequences.padded(y), batched), self._state(after, batched)
 
@@ -375,7 +329,7 @@ class Recurrent(Module):
             checkpoint = positive(checkpoint, "checkpoint")
             x = x.copy()  # it is read again
         masks = draw_masks(self, sequences, rng or self._rng)
-        packs = self._packs(save=True)
+        packs = self._packing.packs(self, save=True)
         tape: Tape = {}
         rows, after, backward = self._run(sequences.rows(x), before, sequences, masks, packs, tape, checkpoint)
         y = self._sequence(sequences.padded(rows), batched)
@@ -390,7 +344,11 @@ class Recurrent(Module):
                 d = sequences.rows(self._time_first(check(dy, "dy", self.dtype, shape), batched))
             sums: Sums = {}
             d, d_before = backward(d, self._state_arrays(dstate, "dstate", B, batched), sums, tape)
-            return self._sequence(sequences.padded(d), batched), self._state(d_before, batched), self._named(sums)
+            return (
+                self._sequence(sequences.padded(d), batched),
+                self._state(d_before, batched),
+                self._packing.named(self, sums),
+            )
 
         return (y, self._state(after, batched)), pullback
 
@@ -464,7 +422,7 @@ class Recurrent(Module):
         work, save = N * cell.gates * cell.H * (I + cell.P), tape is not None
         parties = batching.parties_for(work, B, cell.H, dtype)
         most = sequences.largest(chunks)
-        size = buffer_size(cell, N, B, I, most, LANES_OF[dtype], save, parties)
+        size = packing.buffer_size(cell, N, B, I, most, LANES_OF[dtype], save, parties)
         buffer, multiply = batching.empty(size, dtype), self.multiply
         mask_arrays = kernel_masks(masks, key, dtype)
         if mask_arrays is None and cell.P != cell.H:
@@ -493,7 +451,7 @@ class Recurrent(Module):
             most = sequences.largest(backs)
             size = bptt.work_layout.py_func(cell, B, most, buffers, VECS * L, L)[-1]
             space, fresh = batching.empty(size, dtype), key not in sums
-            out = self._gradients(sums, key, N, B, I)
+            out = self._packing.gradients(self, sums, key, N, B, I)
             dh_n, ds_n = d_after[0], d_after[-1] if self.STATES == 2 else out.s_0
 
             def call(me: int, parties: int, barrier: Array) -> None:
@@ -553,23 +511,6 @@ class Recurrent(Module):
 
         return backward
 
-    def _gradients(self, sums: Sums, key: Key, N: int, B: int, I: int) -> Any:
-        """Arrays for a direction's gradients; those by weights are ``sums``' own, of which there may be none yet."""
-        if self.layer_norm:
-            return layer_norm.gradients(self, sums, key, N, B, I)
-        cell, dtype, L = self.cell, self.dtype, LANES_OF[self.dtype]
-        H, P, U = cell.H, cell.P, -(-cell.H // L)
-        if key not in sums:
-            sums[key] = [
-                np.empty((cell.gates * H, I), dtype),
-                np.empty((cell.gates * H, P), dtype),
-                np.empty((P, H) if P != H else (0, 0), dtype),
-                np.empty((-(-U // cell.spread), VECS * L), dtype),
-                np.empty((3, U * L) if cell.peephole else (0, 0), dtype),
-            ]
-        rows, h_0, s_0 = np.empty((N, I), dtype), np.empty((B, P), dtype), np.empty((B, H), dtype)
-        return bptt.Gradients(rows, h_0, s_0, *sums[key])
-
     def _backward_of_nothing(
         self, key: Key, I: int, sequences: Sequences, dy: Array, d_after: Any, d_before: Any, sums: Sums, _: Tape
     ) -> Array:
@@ -577,35 +518,14 @@ class Recurrent(Module):
         for d_state, d in zip(d_before, d_after):
             sequences.unsorted(d, d_state)
         if key not in sums:
-            for array in self._gradients(sums, key, 0, 0, I)[3:]:
+            for array in self._packing.gradients(self, sums, key, 0, 0, I)[3:]:
                 array[...] = 0
         return np.empty((0, I), self.dtype)
-
-    def _named(self, sums: Sums) -> Gradients:
-        """Gradients by the parameters' names, from what the kernels write."""
-        if self.layer_norm:
-            return layer_norm.named(self, sums)
-        cell = self.cell
-        named: Gradients = {}
-        for k, d in self._keys():
-            w_ih, w_hh, w_hr, b, peepholes = sums[k, d]
-            slots = b.reshape(len(b) * cell.spread, VECS // cell.spread, -1).swapaxes(0, 1)
-            slots = slots.reshape(len(slots), -1)[:, : cell.H]
-            given = {"weight_ih": w_ih, "weight_hh": w_hh, "weight_hr": w_hr}
-            for name, windows in ("bias_ih", [cell.x]), ("bias_hh", [cell.h, cell.again]):
-                bias = np.empty((cell.gates, cell.H), self.dtype)
-                for window in windows:
-                    for j in range(window.count):
-                        bias[(j + window.rotate) % cell.gates] = slots[window.slot + j]
-                given[name] = bias.ravel()
-            given |= {f"weight_c{gate}": row[: cell.H].copy() for gate, row in zip("ifo", peepholes)}
-            named |= {self._name(kind, k, d): given[kind] for kind, _ in self._kinds(self._inputs_of(k))}
-        return named
 
     def _step(self, x: Array, before: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
         """One step of all layers, of one direction, on the calling thread. x (B, I). Returns y (B, P) and the state."""
         after = tuple([s.copy() for s in before])
-        work = np.empty(step_size(self.cell, len(x), LANES_OF[self.dtype]), self.dtype)
+        work = np.empty(packing.step_size(self.cell, len(x), LANES_OF[self.dtype]), self.dtype)
         self.kernels.step(self.packed, steps.State(after[0], after[-1], work), x)
         return after[0][-1].copy(), after
 
@@ -614,13 +534,3 @@ class Recurrent(Module):
         sizes = {"zoneout_h": (self.zoneout[0], self.cell.P), "zoneout_s": (self.zoneout[-1], self.cell.H)}
         keys = self._keys() if any(self.zoneout) else ()
         return {(name, *key): np.full((1, n), p, self.dtype) for key in keys for name, (p, n) in sizes.items()}
-
-
-@lru_cache(1024)
-def step_size(cell: cells.Cell, B: int, L: int) -> int:
-    return steps.step_size.py_func(cell, B, VECS * L, L)
-
-
-@lru_cache(1024)
-def buffer_size(cell: cells.Cell, N: int, B: int, I: int, rows: int, L: int, save: bool, parties: int) -> int:
-    return cells.layout.py_func(cell, N, B, I, rows, VECS * L, L, save, parties)[-1]

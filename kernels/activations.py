@@ -8,7 +8,7 @@ from numba import types
 from numba.extending import overload
 
 from .compiler import kernel, part
-from .tile import (
+from .vector import (
     absolute,
     at,
     at_least,

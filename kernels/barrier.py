@@ -8,7 +8,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .compiler import part
-from .tile import at
+from .vector import at
 
 I32, I64 = ir.IntType(32), ir.IntType(64)
 

@@ -11,7 +11,8 @@ from .cell import geometry, layout, outputs_of, packed_back_layout, place
 from .compiler import part
 from .denormals import flush_denormals, restore_mode
 from .gemm import WHOLE, Left, Panels, load, panels, product, store, zeros
-from .tile import VECS, at, lanes, width
+from .tile import VECS, width
+from .vector import at, lanes
 
 
 @part(inline=False)

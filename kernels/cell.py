@@ -53,7 +53,8 @@ import numpy as np
 
 from .compiler import kernel, part
 from .gemm import Window, pack, pack_transposed, panels
-from .tile import LANES_OF, VECS, at, lanes, width
+from .tile import VECS, width
+from .vector import LANES_OF, at, lanes
 
 # gates: how many the weights have. slots: how many vectors a vector of units has in memory. spread: how many vectors
 # of units share a panel: 1 or, if they have one slot each, `VECS`. x, h: the gates that W_ih and W_hh add to; again:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from .compiler import kernel
-from .tile import at, pointer
+from .vector import at, pointer
 
 # Sums that run side by side, so that they are vectors of which none waits for another.
 LANES = 256

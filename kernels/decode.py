@@ -11,7 +11,8 @@ from .denormals import flush_denormals, restore_mode
 from .gemm import Left, Panels, load, product, product_of_row, store
 from .recurrent import Packed, State
 from .search import METHODS, OPEN, some_open
-from .tile import at, width
+from .tile import width
+from .vector import at
 
 # In the templates below these are a method and what a cell has.
 choose = advance = first_layer = cell_step = None

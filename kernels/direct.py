@@ -8,7 +8,8 @@ from . import gru, lstm, rnn
 from .compiler import part, specialise
 from .denormals import flush_denormals, restore_mode
 from .gemm import load, store, zeros
-from .tile import at, dot_products, lanes, pointer
+from .tile import dot_products
+from .vector import at, lanes, pointer
 
 advance = None
 

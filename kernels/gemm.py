@@ -12,23 +12,8 @@ import numpy as np
 from numba import types
 
 from .compiler import address_of, part, specialise
-from .tile import (
-    ROW_PANELS,
-    ROWS,
-    VECS,
-    at,
-    call,
-    lanes,
-    load_part,
-    load_whole,
-    row_product,
-    store_part,
-    store_whole,
-    tile_product,
-    tile_product_of_three,
-    transpose,
-    width,
-)
+from .tile import ROW_PANELS, ROWS, VECS, row_product, tile_product, tile_product_of_three, width
+from .vector import at, call, lanes, load_part, load_whole, store_part, store_whole, transpose
 
 # Column j of row i of panel p lies at address + p * panel + i * row + j.
 # A row-major matrix is Panels(address, W, row length); one row for all is Panels(address, W, 0).

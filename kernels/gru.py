@@ -12,7 +12,8 @@ from . import bptt, recurrent
 from .activations import sigmoid, tanh
 from .compiler import part, specialise
 from .gemm import load, store
-from .tile import at, lanes, row_and_tile_product_of_three
+from .tile import row_and_tile_product_of_three
+from .vector import at, lanes
 
 
 @part

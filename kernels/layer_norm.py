@@ -44,7 +44,8 @@ from .compiler import kernel, part
 from .denormals import flush_denormals, restore_mode
 from .gemm import Left, Panels, load, pack_rows, panels, product, store, zeros
 from .lstm import clipped, not_clipped
-from .tile import ROWS, at, fma, lanes, width
+from .tile import ROWS, width
+from .vector import at, fma, lanes
 
 EPSILON = 1e-5
 

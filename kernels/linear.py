@@ -15,7 +15,8 @@ from .barrier import meet
 from .compiler import kernel
 from .denormals import flush_denormals, restore_mode
 from .gemm import WHOLE, Left, Panels, load, pack, pack_rows, pack_transposed, panels, product, store
-from .tile import ROWS, at, lanes, width
+from .tile import ROWS, width
+from .vector import at, lanes
 
 # Rows whose part of the weight's gradient is added at once, so that they stay in the second-level cache meanwhile.
 ROWS_AT_ONCE = 256

@@ -9,7 +9,7 @@ from .barrier import meet
 from .compiler import kernel
 from .denormals import flush_denormals, restore_mode
 from .gemm import load, store
-from .tile import at, at_least, lanes, load_whole, store_whole
+from .vector import at, at_least, lanes, load_whole, store_whole
 
 
 @kernel

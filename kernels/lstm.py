@@ -12,7 +12,7 @@ from . import bptt, recurrent
 from .activations import sigmoid, tanh
 from .compiler import part, specialise
 from .gemm import load, store, zeros
-from .tile import at, at_least, fma, lanes, where_negative
+from .vector import at, at_least, fma, lanes, where_negative
 
 
 @part

@@ -10,7 +10,8 @@ from .cell import geometry, layout, outputs_of, packed_layout, place
 from .compiler import part
 from .denormals import flush_denormals, restore_mode
 from .gemm import Left, Panels, load, pack_rows, panels, product, product_of_row, store
-from .tile import RIDER_ROWS, ROW_PANELS, VECS, at, row_and_tile_product
+from .tile import RIDER_ROWS, ROW_PANELS, VECS, row_and_tile_product
+from .vector import at
 
 # In the templates below these are each cell's own: see `compiler.specialise`.
 advance = reset = None

@@ -12,7 +12,7 @@ from . import bptt, recurrent
 from .activations import tanh
 from .compiler import part, renamed, specialise
 from .gemm import load, store, zeros
-from .tile import lanes, map_lanes, where_negative
+from .vector import lanes, map_lanes, where_negative
 
 TANH, RELU, IDENTITY, OTHER = range(4)
 

@@ -30,7 +30,7 @@ from .activations import exp_nonpositive
 from .compiler import kernel, part, specialise
 from .denormals import flush_denormals, restore_mode
 from .gemm import load, store, zeros
-from .tile import at, at_least, lanes, load_part, load_whole, store_whole
+from .vector import at, at_least, lanes, load_part, load_whole, store_whole
 
 CLOSED, OPEN, NOT_A_NUMBER, NOT_A_LOG_PROBABILITY = range(4)
 # A log-probability may be above 0 by rounding; what is farther above is none.

@@ -1,6 +1,9 @@
 """Fixtures that several files share, and hypothesis' profile."""
 
+import os
 import sys
+import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -41,3 +44,26 @@ def small_shares(monkeypatch):
     """Even the smallest work is cut for several threads, so that small shapes test what large ones do."""
     monkeypatch.setattr(batching, "WORTH_A_THREAD", 0)
     monkeypatch.setattr(batching, "ROWS_OF_A_SHARE", 4)
+
+
+def in_a_fork(function):
+    """Whether ``function()`` returns true in a forked child, which must end in time."""
+    with warnings.catch_warnings():
+        # From Python 3.12 on, forking a process that has threads warns: here this is the point.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            code = 0 if function() else 2
+        finally:
+            os._exit(code)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status) == 0
+        time.sleep(0.002)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    return False

@@ -7,11 +7,10 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, in_a_fork
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from oracle import assert_all_same_bits, assert_same_bits, everything, inputs, lengths_for, make
@@ -185,29 +184,6 @@ def test_many_threads_call_any_layer_with_lengths(case):
             assert_all_same_bits(everything(layer, *arguments, lengths=lengths), expected)
 
     run_threads([lambda first=first: work(first) for first in range(6)])
-
-
-def in_a_fork(function):
-    """Whether ``function()`` returns true in a forked child, which must end in time."""
-    with warnings.catch_warnings():
-        # From Python 3.12 on, forking a process that has threads warns: here this is the point.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            code = 0 if function() else 2
-        finally:
-            os._exit(code)
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            return os.waitstatus_to_exitcode(status) == 0
-        time.sleep(0.002)
-    os.kill(child, 9)
-    os.waitpid(child, 0)
-    return False
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from fastrnn.kernels import gemm
 from fastrnn.kernels.gemm import NOTHING, WHOLE, Left, Panels, Window, multiply_addresses
-from fastrnn.kernels.tile import LANES_OF, ROWS, VECS, at
+from fastrnn.kernels.tile import ROWS, VECS
+from fastrnn.kernels.vector import LANES_OF, at
 from oracle import assert_close, assert_same_bits
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from fastrnn.kernels import linear as kernels
 from fastrnn.kernels.gemm import multiply_addresses
-from fastrnn.kernels.tile import LANES_OF, VECS
+from fastrnn.kernels.tile import VECS
+from fastrnn.kernels.vector import LANES_OF
 from oracle import assert_close, assert_same_bits
 
 from fastrnn import batching

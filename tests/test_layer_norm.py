@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from fastrnn.kernels import layer_norm as kernels
 from fastrnn.kernels.compiler import kernel
-from fastrnn.kernels.tile import at
+from fastrnn.kernels.vector import at
 from oracle import (
     CASES,
     EPSILON,

@@ -9,10 +9,11 @@ from fastrnn.kernels import bptt
 from fastrnn.kernels import cell as cells
 from fastrnn.kernels import recurrent as engine
 from fastrnn.kernels.gemm import multiply_addresses
-from fastrnn.kernels.tile import LANES_OF, VECS
+from fastrnn.kernels.tile import VECS
+from fastrnn.kernels.vector import LANES_OF
 from oracle import assert_close, assert_same_bits
 
-from fastrnn import batching
+from fastrnn import batching, packing
 
 CASES = [case for case in oracle.CASES if "norm" not in case]
 
@@ -41,7 +42,7 @@ def run(layer, x, before, gradients=None, parties=1, chunk=2, back=3):
     x_rows, (h_0, s_0) = x.reshape(N, I), (before[0], before[-1])
     out = {"y": nan(N, cell.P), "s_n": nan(B, cell.H)}
     buffer = nan(cells.layout.py_func(cell, N, B, I, most(chunks), W, L, save, parties)[-1])
-    packs = layer._packs(save)[0, 0]
+    packs = packing.packs(layer, save)[0, 0]
 
     def forward(me, barrier):
         share = batching.share_of(me, parties, B, cell.H, dtype)

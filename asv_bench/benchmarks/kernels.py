@@ -3,6 +3,7 @@
 import ctypes
 
 import numpy as np
+from numba import types
 
 import fastrnn
 
@@ -22,7 +23,7 @@ class Gemm(Timed):
     def prepare(self, dtype, rows):
         gemm, tile = fastrnn.kernels.gemm, fastrnn.kernels.tile
         self.dtype, self.K = np.dtype(dtype), 512
-        self.W = tile.VECS * tile.LANES_OF[self.dtype]
+        self.W = tile.VECS * tile.LANES[getattr(types, self.dtype.name)]
         self.M = {"one row": 1, "one tile": tile.ROWS, "many rows": 8 * tile.ROWS}[rows]
         rng = np.random.default_rng(0)
         sizes = self.W, self.M * self.K, self.K * self.W, self.M * self.W

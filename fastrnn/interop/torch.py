@@ -12,8 +12,7 @@ everything; ``forward`` is PyTorch's code too, but calls the kernels here. They 
   `torch.utils.checkpoint` and `torch.autograd.graph.saved_tensors_hooks`.
 - There is no second derivative: ``create_graph=True`` raises NotImplementedError.
 - While a model is traced, exported or compiled, PyTorch's own functions run, so that the result needs no fastrnn.
-- A call uses at most `torch.get_num_threads` and `fastrnn.get_num_threads` threads. PyTorch's own spin for milliseconds
-  after each of its operations, on CPUs that these want: the environment variable ``GOMP_SPINCOUNT=1000`` shortens it.
+- A call uses at most `torch.get_num_threads` and `fastrnn.get_num_threads` threads, which are PyTorch's own.
 
 >>> import torch
 >>> from fastrnn.interop.torch import LSTM
@@ -39,14 +38,16 @@ except ImportError as error:
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .. import batching, layers
+from .. import batching, layers, packing
 from ..batching import Sequences
 from ..kernels import contents, direct
 from ..kernels.recurrent import State
-from ..kernels.tile import LANES_OF
+from ..kernels.vector import LANES_OF
 from ..masks import Masks
+from ..packing import Gradients, step_size
 from ..parameters import Array, Parameters
-from ..recurrent import Gradients, Recurrent, Tape, step_size
+from ..recurrent import Recurrent, Tape
+from . import torch_threads
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "Replacement", "replace", "restore"]
 
@@ -174,12 +175,16 @@ class _Run(torch.autograd.Function):
         tape = {key: buffer.numpy() for key, buffer in zip(ctx.keys, ctx.saved_tensors)}
         dy, *d_after = map(_array, d_outputs)
         sums: dict[Any, Any] = {}
-        with batching.at_most(torch.get_num_threads()):
+        with _torchs_threads():
             dx, d_before = ctx.run_backward(dy, tuple(d_after), sums, tape)
-        grads: Gradients = ctx.layer._named(sums)
+        grads: Gradients = packing.named(ctx.layer, sums)
         arrays = dx, *d_before, *(grads[name] for name in ctx.layer.parameters)
         needed = ctx.needs_input_grad[3:]
         return None, None, None, *(torch.from_numpy(a) if need else None for a, need in zip(arrays, needed))
+
+
+def _torchs_threads() -> Any:
+    return batching.threads_of(torch.get_num_threads(), torch_threads.together if torch_threads.available() else None)
 
 
 def _run(
@@ -191,8 +196,8 @@ def _run(
     if one_step and tape is None:
         y, after, backward = *layer._step(rows, tuple(before)), None
     else:
-        with batching.at_most(torch.get_num_threads()):
-            packs = layer._packs(tape is not None)
+        with _torchs_threads():
+            packs = packing.packs(layer, tape is not None)
             y, after, backward = layer._run(rows, tuple(before), sequences, masks, packs, tape)
     return (torch.from_numpy(y), *map(torch.from_numpy, after)), backward
 

@@ -1,0 +1,124 @@
+"""How a layer's weights and their gradients lie in memory for the kernels, and how large buffers are.
+
+`fastrnn.kernels.cell` has the layouts; `layer_norm` has these functions for layers with ``layer_norm``.
+"""
+
+from functools import lru_cache, partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import batching
+from .kernels import bptt
+from .kernels import cell as cells
+from .kernels import recurrent as steps
+from .kernels.tile import VECS
+from .kernels.vector import LANES_OF
+from .parameters import Array, read_only
+
+if TYPE_CHECKING:
+    from .recurrent import Recurrent
+
+Key = tuple[int, int]
+Gradients = dict[str, Array]
+Sums = dict[Key, list[Array]]
+Packs = dict[Key, tuple[Any, Any]]
+
+
+def weights(layer: "Recurrent", k: int, d: int) -> SimpleNamespace:
+    """The parameters of a direction, all of one Numba type, with zeros or nothing for those it lacks."""
+    H, gates = layer.cell.H, layer.cell.gates
+    given = {kind: layer.parameters[layer._name(kind, k, d)] for kind, _ in layer._kinds(layer._inputs_of(k))}
+    none, zeros = np.empty((0, 0), layer.dtype), np.zeros(H, layer.dtype)
+    if not layer.bias:
+        given |= {"bias_ih": np.zeros(gates * H, layer.dtype), "bias_hh": np.zeros(gates * H, layer.dtype)}
+    peepholes = none
+    if layer.cell.peephole:
+        peepholes = np.stack([given.get(f"weight_c{gate}", zeros) for gate in "ifo"])
+    given |= {"weight_hr": given.get("weight_hr", none), "peepholes": peepholes}
+    return SimpleNamespace(**{kind: read_only(array) for kind, array in given.items()})
+
+
+def pack_all(layer: "Recurrent") -> tuple[Array, list[int]]:
+    """All weights as the forward kernels read them, and where each direction's begin, and the end."""
+    L = LANES_OF[layer.dtype]
+    given = {key: weights(layer, *key) for key in layer._keys()}
+    sizes = [cells.packed_layout.py_func(layer.cell, w.weight_ih.shape[1], VECS * L, L)[-1] for w in given.values()]
+    offsets = [0, *np.cumsum(sizes).tolist()]
+    packed = batching.empty(offsets[-1], layer.dtype)
+    for w, first, last in zip(given.values(), offsets, offsets[1:]):
+        biases = w.bias_ih, w.bias_hh
+        cells.pack_forward(layer.cell, w.weight_ih, w.weight_hh, *biases, w.weight_hr, w.peepholes, packed[first:last])
+    return packed, offsets
+
+
+def pack_backward(layer: "Recurrent", k: int, d: int) -> Array:
+    w = weights(layer, k, d)
+    L = LANES_OF[layer.dtype]
+    size = cells.packed_back_layout.py_func(layer.cell, w.weight_ih.shape[1], VECS * L, L)[-1]
+    packed = batching.empty(size, layer.dtype)
+    cells.pack_backward(layer.cell, w.weight_ih, w.weight_hh, w.weight_hr, w.peepholes, packed)
+    return packed
+
+
+def packed_of(layer: "Recurrent") -> tuple[Array, list[int]]:
+    """`pack_all`, made once for a version of the parameters."""
+    return layer.parameters.derived("forward", partial(pack_all, layer))
+
+
+def packs(layer: "Recurrent", save: bool) -> Packs:
+    """Each direction's weights as the kernels read them: forward and, if ``save``, backward."""
+    return layer.parameters.derived(("packs", save), partial(_packs, layer, save))
+
+
+def _packs(layer: "Recurrent", save: bool) -> Packs:
+    packed, offsets = packed_of(layer)
+    forward = {key: packed[offsets[i] : offsets[i + 1]] for i, key in enumerate(layer._keys())}
+    return {key: (pack, pack_backward(layer, *key) if save else pack) for key, pack in forward.items()}
+
+
+def gradients(layer: "Recurrent", sums: Sums, key: Key, N: int, B: int, I: int) -> Any:
+    """Arrays for a direction's gradients; those by weights are ``sums``' own, of which there may be none yet."""
+    cell, dtype, L = layer.cell, layer.dtype, LANES_OF[layer.dtype]
+    H, P, U = cell.H, cell.P, -(-cell.H // L)
+    if key not in sums:
+        sums[key] = [
+            np.empty((cell.gates * H, I), dtype),
+            np.empty((cell.gates * H, P), dtype),
+            np.empty((P, H) if P != H else (0, 0), dtype),
+            np.empty((-(-U // cell.spread), VECS * L), dtype),
+            np.empty((3, U * L) if cell.peephole else (0, 0), dtype),
+        ]
+    rows, h_0, s_0 = np.empty((N, I), dtype), np.empty((B, P), dtype), np.empty((B, H), dtype)
+    return bptt.Gradients(rows, h_0, s_0, *sums[key])
+
+
+def named(layer: "Recurrent", sums: Sums) -> Gradients:
+    """Gradients by the parameters' names, from what the kernels write."""
+    cell = layer.cell
+    named: Gradients = {}
+    for k, d in layer._keys():
+        w_ih, w_hh, w_hr, b, peepholes = sums[k, d]
+        slots = b.reshape(len(b) * cell.spread, VECS // cell.spread, -1).swapaxes(0, 1)
+        slots = slots.reshape(len(slots), -1)[:, : cell.H]
+        given = {"weight_ih": w_ih, "weight_hh": w_hh, "weight_hr": w_hr}
+        for name, windows in ("bias_ih", [cell.x]), ("bias_hh", [cell.h, cell.again]):
+            bias = np.empty((cell.gates, cell.H), layer.dtype)
+            for window in windows:
+                for j in range(window.count):
+                    bias[(j + window.rotate) % cell.gates] = slots[window.slot + j]
+            given[name] = bias.ravel()
+        given |= {f"weight_c{gate}": row[: cell.H].copy() for gate, row in zip("ifo", peepholes)}
+        named |= {layer._name(kind, k, d): given[kind] for kind, _ in layer._kinds(layer._inputs_of(k))}
+    return named
+
+
+@lru_cache(1024)
+def step_size(cell: cells.Cell, B: int, L: int) -> int:
+    return steps.step_size.py_func(cell, B, VECS * L, L)
+
+
+@lru_cache(1024)
+def buffer_size(cell: cells.Cell, N: int, B: int, I: int, rows: int, L: int, save: bool, parties: int) -> int:
+    return cells.layout.py_func(cell, N, B, I, rows, VECS * L, L, save, parties)[-1]

@@ -1,0 +1,89 @@
+"""Vectors' loads, stores and arithmetic."""
+
+import numba
+import numpy as np
+import pytest
+from fastrnn.kernels import vector
+from fastrnn.kernels.vector import at
+
+
+@numba.njit
+def copy_part(source, target, n):
+    vector.store_part(vector.load_part(at(source, 0), n), at(target, 0), n)
+
+
+@numba.njit
+def load_part_store_whole(source, target, n):
+    vector.store_whole(vector.load_part(at(source, 0), n), at(target, 0))
+
+
+@numba.njit
+def arithmetic(x, y, z, out):
+    a, b, c = vector.load_whole(at(x, 0)), vector.load_whole(at(y, 0)), vector.load_whole(at(z, 0))
+    n = vector.lanes(at(x, 0))
+    results = (
+        a + b, a - b, a * b, a / b, a + 0.5, 2.0 - b, vector.fma(a, b, c), vector.absolute(a), vector.copysign(a, b),
+        vector.at_least(a, 0.25), vector.where_negative(a, b, c),
+    )  # fmt: skip
+    for i in range(len(results)):
+        vector.store_whole(results[i], at(out, i * n))
+
+
+@numba.njit
+def mapped(function, x, out):
+    vector.store_whole(vector.map_lanes(function, vector.load_whole(at(x, 0))), at(out, 0))
+
+
+@numba.njit
+def half_of(a):
+    return a * np.float32(0.5)
+
+
+@numba.njit
+def softsign(a):
+    """float64 whatever it takes, by another function and a branch."""
+    return 2 * half_of(a) / (1.0 + abs(a)) if a < 4 else a - 7
+
+
+@numba.njit
+def sign(a):
+    """An integer."""
+    return 1 if a > 0 else -1
+
+
+def test_part_of_a_vector(dtype):
+    L = vector.LANES_OF[dtype]
+    source = np.arange(1, L + 1, dtype=dtype)
+    for n in range(L + 1):
+        target = np.full(L, -1, dtype)
+        copy_part(source, target, n)
+        assert target.tolist() == [*source[:n], *[-1] * (L - n)]
+        load_part_store_whole(source, target, n)
+        assert target.tolist() == [*source[:n], *[0] * (L - n)]
+
+
+def test_arithmetic(dtype, rng):
+    """Bit for bit NumPy's, but for the fused multiply-add, which rounds once where NumPy rounds twice."""
+    L = vector.LANES_OF[dtype]
+    x, y, z = rng.standard_normal((3, L)).astype(dtype)
+    x[0] = np.nan
+    half, two, quarter = (dtype.type(v) for v in (0.5, 2, 0.25))
+    expected = [
+        x + y, x - y, x * y, x / y, x + half, two - y, x * y + z, np.abs(x), np.copysign(x, y),
+        np.maximum(x, quarter), np.where(x < 0, y, z),
+    ]  # fmt: skip
+    out = np.empty((len(expected), L), dtype)
+    arithmetic(x, y, z, out.ravel())
+    for i, row in enumerate(expected):
+        tolerance = 4 * np.finfo(dtype).eps if i == 6 else 0
+        np.testing.assert_allclose(out[i], row, rtol=tolerance, atol=tolerance, err_msg=str(i))
+
+
+@pytest.mark.parametrize("function", [half_of, softsign, sign])
+def test_a_function_of_each_number(function, dtype):
+    """Its result takes the vector's dtype, and each lane is its own."""
+    x = np.linspace(-3, 6, vector.LANES_OF[dtype]).astype(dtype)
+    x[1] = np.nan
+    out = np.zeros_like(x)
+    mapped(function, x, out)
+    np.testing.assert_array_equal(out, np.array([function(a) for a in x]).astype(dtype))
