@@ -57,7 +57,7 @@ from implementations import (
     trains,
 )
 
-gemm, tile = fastrnn.kernels.gemm, fastrnn.kernels.tile
+gemm, tile, at = fastrnn.kernels.gemm, fastrnn.kernels.tile, fastrnn.kernels.vector.at
 
 BLOCK = 0.02  # seconds that a block of calls takes at least
 TRIALS = min(3, ARGUMENTS.repeat)  # rounds that choose each library's setting, and warm up
@@ -131,16 +131,16 @@ def targets(case):
 
 @numba.njit(nogil=True, boundscheck=False, error_model="numpy")
 def tile_products(multiply, repeats, M, K, bias, left, packed, out):
-    W = tile.width(tile.at(packed, 0))
+    W = tile.width(at(packed, 0))
     for _ in range(repeats):
-        start, target = gemm.Panels(tile.at(bias, 0), W, 0), gemm.Panels(tile.at(out, 0), W, W)
-        factor, weights = gemm.Left(tile.at(left, 0), K, 1, 1, 0), gemm.Panels(tile.at(packed, 0), K * W, W)
+        start, target = gemm.Panels(at(bias, 0), W, 0), gemm.Panels(at(out, 0), W, W)
+        factor, weights = gemm.Left(at(left, 0), K, 1, 1, 0), gemm.Panels(at(packed, 0), K * W, W)
         gemm.product(multiply, 0, 1, W, W, M, start, target, factor, weights, K)
 
 
 def peak_of_multiply_adds():
     """The register tile at its best, on all threads at once; and a call's operations."""
-    W, M, K, repeats = tile.VECS * tile.LANES_OF[np.dtype(np.float32)], 8 * tile.ROWS, 512, 500
+    W, M, K, repeats = tile.VECS * fastrnn.kernels.vector.LANES_OF[np.dtype(np.float32)], 8 * tile.ROWS, 512, 500
     rng, sizes = np.random.default_rng(0), (W, M * K, K * W, M * W)
     buffers = [[rng.standard_normal(n, np.float32) for n in sizes] for _ in range(THREADS)]
     pool, multiply = ThreadPoolExecutor(THREADS), gemm.multiply_addresses(np.dtype(np.float32))

@@ -139,7 +139,7 @@ def _generate(args: argparse.Namespace) -> int:
 def _info(args: argparse.Namespace) -> int:
     from numba.core.registry import cpu_target
 
-    from .kernels import tile
+    from .kernels import tile, vector
 
     codegen = cpu_target.target_context.codegen()
     cpu = os.environ.get("NUMBA_CPU_NAME") or codegen._get_host_cpu_name()
@@ -149,8 +149,8 @@ def _info(args: argparse.Namespace) -> int:
     for package in ("numpy", "numba", "llvmlite"):
         print(f"{package} {version(package)}")
     print(f"CPU: {cpu} ({', '.join(f[1:] for f in features.split(',') if f.startswith('+'))})")
-    print(f"vectors: {tile.VECTOR_BYTES} bytes, {tile.REGISTERS} registers, fused multiply-add: {tile.FUSED}")
-    for dtype, lanes in tile.LANES_OF.items():
+    print(f"vectors: {vector.VECTOR_BYTES} bytes, {vector.REGISTERS} registers, fused multiply-add: {vector.FUSED}")
+    for dtype, lanes in vector.LANES_OF.items():
         print(f"tile of {dtype}: {tile.ROWS} rows x {tile.VECS} vectors of {lanes}")
     print(f"threads: {batching.get_num_threads()}")
     return 0

@@ -8,6 +8,7 @@ from fastrnn.kernels import lstm as kernels
 from fastrnn.kernels.denormals import flush_denormals, restore_mode
 
 import fastrnn
+from fastrnn import batching
 
 SMALLEST = {dtype: np.finfo(dtype).smallest_subnormal for dtype in (np.float32, np.float64)}
 NORMAL = {dtype: np.finfo(dtype).smallest_normal for dtype in (np.float32, np.float64)}
@@ -109,7 +110,7 @@ def test_steps_in_place_take_denormals_for_zeros():
     for x in denormal((1, I), np.float32), np.zeros((1, I), np.float32):
         h_n = np.full_like(h, np.nan)
         addresses = [a.ctypes.data for a in (x, h, h, *weights, h_n, h_n)]
-        direct.gru_step(layer.record, sums, 1, I, True, *addresses)
+        direct.gru_step(layer.record, sums, 1, I, True, *addresses, 0, 1, batching.ALONE)
         found.append(h_n)
     np.testing.assert_array_equal(*found)
 

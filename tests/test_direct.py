@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import assert_close, forward, inputs, make
 
+from fastrnn import batching
+
 STEPS = {"RNN": direct.rnn_step, "RNN relu": direct.rnn_step, "LSTM": direct.lstm_step, "GRU": direct.gru_step}
 sizes = st.sampled_from([1, 3, 7, 8, 9, 15, 16, 17, 63, 64, 65])
 
@@ -22,8 +24,8 @@ def guarded(array, missing=7):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("case", STEPS)
 @pytest.mark.parametrize("bias", [True, False])
-@given(I=sizes, H=sizes, B=st.integers(1, 4))
-def test_a_step_with_weights_where_they_lie(case, dtype, bias, I, H, B):
+@given(I=sizes, H=sizes, B=st.integers(1, 4), threads=st.integers(1, 2))
+def test_a_step_with_weights_where_they_lie(case, dtype, bias, I, H, B, threads):
     layer = make(case, I, H, dtype, bias=bias)
     x, state, _, _ = inputs(layer, 1, B)
     _, after, _ = forward(layer, x, state)
@@ -33,11 +35,16 @@ def test_a_step_with_weights_where_they_lie(case, dtype, bias, I, H, B):
     places = [array.ctypes.data for array, _ in kept]
     given_states, weights = places[1 : 1 + len(states)], places[1 + len(states) :]
     outs = [array.ctypes.data for array, _ in results]
-    sums = np.full(B * layer.cell.slots * 16, np.nan, dtype)
-    STEPS[case](
-        layer.record, sums, B, I, bias, places[0], given_states[0], given_states[-1], weights[0], weights[1],
-        weights[-2], weights[-1], outs[0], outs[-1],
-    )  # fmt: skip
+
+    def call(me, parties, barrier):
+        sums = np.full(B * layer.cell.slots * 16, np.nan, dtype)
+        STEPS[case](
+            layer.record, sums, B, I, bias, places[0], given_states[0], given_states[-1], weights[0], weights[1],
+            weights[-2], weights[-1], outs[0], outs[-1], me, parties, barrier,
+        )  # fmt: skip
+
+    batching.set_num_threads(threads)
+    batching.together(threads, call)
     for (array, whole), s in zip(results, expected):
         assert_close(array, s[0])
         assert np.isnan(whole[:7]).all()

@@ -299,8 +299,17 @@ def _step_directly(
     places = [tensor.data_ptr() for tensor in weights]
     h, h_n = states[0].data_ptr(), after[0].data_ptr()
     s, s_n = states[-1].data_ptr(), after[-1].data_ptr()
-    sums = np.empty(slots * B, DTYPES[x.dtype])
-    step(record, sums, B, I, bias, x.data_ptr(), h, s, places[0], places[1], places[-2], places[-1], h_n, s_n)
+    arguments = B, I, bias, x.data_ptr(), h, s, places[0], places[1], places[-2], places[-1], h_n, s_n
+
+    def call(me: int, parties: int, barrier: Array) -> None:
+        step(record, np.empty(slots * B, DTYPES[x.dtype]), *arguments, me, parties, barrier)
+
+    work = max(B, 4) * rows * (I + H)  # to read a weight takes as long as some multiply-adds with it
+    if work < batching.WORTH_A_THREAD:
+        call(0, 1, batching.ALONE)
+    else:
+        with _torchs_threads():
+            batching.together(batching.parties_for(work, B, H, np.dtype(DTYPES[x.dtype])), call)
     return after
 
 
