@@ -42,9 +42,9 @@ Pullback = Callable[..., tuple[Array, Any, Gradients]]
 # What each direction's backward pass reads of its forward pass.
 Tape = dict[Key, Any]
 
-# Rows whose input projections are computed at once: enough for tall tiles, few enough that the gates are still in the
-# second-level cache when the recurrence adds to them.
-ROWS_FORWARD = 48
+# Rows whose input projections are computed at once: enough for tall tiles, and for W_ih, which may come from far, to be
+# read seldom; few enough that the gates are still in a cache when the recurrence adds to them.
+ROWS_FORWARD = 192
 # The same for a single sequence: so many steps give time for one row of rider tiles.
 ROWS_FORWARD_ALONE = ROW_PANELS * VECS + 1
 # Rows over which the gates' derivatives are gathered before the weights' gradients take them up.

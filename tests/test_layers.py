@@ -318,6 +318,21 @@ def test_threads_do_not_change_a_bit(case, bidirectional, sizes, dtype, small_sh
             assert_all_same_bits(other, results[0])
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_chunks_do_not_change_a_bit(case, dtype, monkeypatch):
+    """However many rows' input projections, and gates' gradients, are computed at once."""
+    T, B = 11, 9
+    layer = make(case, 3, 40, dtype)
+    for lengths in (None, lengths_for(T, B)):
+        results = []
+        for forward, backward in (1, 1), (48, 30), (192, 512):
+            monkeypatch.setattr(recurrent, "ROWS_FORWARD", forward)
+            monkeypatch.setattr(recurrent, "ROWS_BACKWARD", backward)
+            results.append(everything(layer, *inputs(layer, T, B), lengths=lengths))
+        for other in results[1:]:
+            assert_all_same_bits(other, results[0])
+
+
 @pytest.mark.parametrize("cut", [1, 4, 9])
 @pytest.mark.parametrize("case", CASES)
 def test_the_state_carries_a_sequence_on(case, cut, dtype):
