@@ -42,9 +42,10 @@ Pullback = Callable[..., tuple[Array, Any, Gradients]]
 # What each direction's backward pass reads of its forward pass.
 Tape = dict[Key, Any]
 
-# Rows whose input projections are computed at once: enough for tall tiles, and for W_ih, which may come from far, to be
-# read seldom; few enough that the gates are still in a cache when the recurrence adds to them.
-ROWS_FORWARD = 192
+# Rows whose input projections are computed at once: enough for tall tiles, few enough that the gates are still in a
+# cache when the recurrence adds to them. A W_ih that is not is read anew for every chunk: more rows share a large one.
+ROWS_FORWARD, MOST_ROWS_FORWARD = 192, 640
+BYTES_FOR_A_ROW = 24_000
 # The same for a single sequence: so many steps give time for one row of rider tiles.
 ROWS_FORWARD_ALONE = ROW_PANELS * VECS + 1
 # Rows over which the gates' derivatives are gathered before the weights' gradients take them up.
@@ -418,7 +419,9 @@ class Recurrent(Module):
             return partial(self._backward_of_nothing, key, I, sequences)
         if self.layer_norm:
             return layer_norm.run_direction(self, key, x, y, before, after, sequences, masks, packs, tape)
-        steps, chunks = sequences.steps, sequences.chunks(ROWS_FORWARD if B > 1 else ROWS_FORWARD_ALONE)
+        size = cell.gates * cell.H * I * dtype.itemsize
+        rows = max(ROWS_FORWARD, min(size // BYTES_FOR_A_ROW, MOST_ROWS_FORWARD)) if B > 1 else ROWS_FORWARD_ALONE
+        steps, chunks = sequences.steps, sequences.chunks(rows)
         work, save = N * cell.gates * cell.H * (I + cell.P), tape is not None
         parties = batching.parties_for(work, B, cell.H, dtype)
         most = sequences.largest(chunks)

@@ -14,6 +14,9 @@ from .gemm import WHOLE, Left, Panels, load, panels, product, store, zeros
 from .tile import VECS, width
 from .vector import at, lanes
 
+# Panels of the right factor of a weight's gradient that stay in the second-level cache while the left one passes.
+PANELS_AT_ONCE = 4
+
 
 @part(inline=False)
 def _weight_gradient(d, slab, rows, H, window, gates, units, N, source, dw, nothing, fresh, me, parties, multiply):
@@ -24,9 +27,11 @@ def _weight_gradient(d, slab, rows, H, window, gates, units, N, source, dw, noth
     """
     W, L = width(d), lanes(d)
     U, P = (H + L - 1) // L, panels(N, d)
-    count = P * U * window.count
-    for item in range(me * count // parties, (me + 1) * count // parties):
-        p, u, g = item % P, item // P // window.count, item // P % window.count
+    columns = U * window.count
+    for item in range(me * P * columns // parties, (me + 1) * P * columns // parties):
+        first = item // (PANELS_AT_ONCE * columns) * PANELS_AT_ONCE
+        at_once, rest = min(PANELS_AT_ONCE, P - first), item - first * columns
+        p, u, g = first + rest % at_once, rest // at_once // window.count, rest // at_once % window.count
         column = at(d, u * L // units * slab + u * L % units + g * L)
         target = Panels(at(dw, ((g + window.rotate) % gates * H + u * L) * N), W, N)
         start = nothing if fresh else target
