@@ -8,9 +8,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .compiler import part
-from .vector import at
-
-I32, I64 = ir.IntType(32), ir.IntType(64)
+from .vector import I32, I64, at
 
 
 @intrinsic

@@ -13,7 +13,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-I32, I64 = ir.IntType(32), ir.IntType(64)
+from .vector import I32, I64
+
 BYTES = ir.IntType(8).as_pointer()
 # x86's MXCSR: denormals are zeros (bit 6), flush to zero (15). aarch64's FPCR: flush to zero (24).
 FLUSH = {"x86": 0x8040, "aarch64": 1 << 24}
