@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .checks import positive
+from .kernels.gemm import before_a_line
 from .kernels.tile import VECS
 from .kernels.vector import LANES_OF
 
@@ -187,12 +188,15 @@ def together(parties: int, call: Call) -> None:
 
     Each call must end by meeting the others at the barrier, so that the first one's end is the end of all.
     """
+    if parties == 1:
+        call(0, 1, ALONE)
+        return
     team = getattr(_own, "team", None)
-    if team is not None and parties > 1:
+    if team is not None:
         team(parties, call)
         return
     pool = _pool
-    helpers = pool.take(parties - 1) if parties > 1 else []
+    helpers = pool.take(parties - 1)
     if not helpers:
         call(0, 1, ALONE)
         return
@@ -227,7 +231,7 @@ class Sequences:
     def __init__(self, T: int, B: int, lengths: Array | None = None):
         self.T, self.B, self.lengths = T, B, lengths
         if lengths is None:
-            self.steps = full_steps(T, B)
+            self.steps = np.arange(T + 1, dtype=np.int64) * B
             self.N = T * B
             return
         self.order = np.argsort(-lengths, kind="stable")
@@ -272,15 +276,16 @@ class Sequences:
         return np.ascontiguousarray(rows.reshape(self.T, self.B, -1)[::-1]).reshape(rows.shape)
 
     def sorted(self, state: Array) -> Array:
-        """A state (B, features) in the rows' order of sequences."""
-        return state if self.lengths is None else state.take(self.order, 0)
+        """A state (..., B, features) in the rows' order of sequences; itself, if that is the user's."""
+        return state if self.lengths is None else state.take(self.order, -2)
 
-    def unsorted(self, state: Array, out: Array) -> None:
-        """Write a state in the rows' order to ``out``, in the user's."""
+    def unsorted(self, state: Array) -> Array:
+        """A state in the rows' order in the user's; itself, if that is the same."""
         if self.lengths is None:
-            out[...] = state
-        else:
-            out[self.order] = state
+            return state
+        out = np.empty_like(state)
+        out[..., self.order, :] = state
+        return out
 
     def last(self, y: Array, h_0: Array) -> Array:
         """The last row of each sequence, or what was before it, if it is empty."""
@@ -314,8 +319,9 @@ class Sequences:
 
 
 @lru_cache(1024)
-def full_steps(T: int, B: int) -> Array:
-    return np.arange(T + 1, dtype=np.int64) * B
+def full_sequences(T: int, B: int) -> Sequences:
+    """B sequences of T steps."""
+    return Sequences(T, B)
 
 
 @lru_cache(1024)
@@ -327,8 +333,7 @@ def full_chunks(T: int, B: int, rows: int) -> Array:
 
 def parties_for(work: float, batch: int, hidden: int, dtype: np.dtype) -> int:
     """How many threads a call of so many multiply-adds may use."""
-    threads = min(_num_threads, _most())
-    if threads == 1 or work < WORTH_A_THREAD:
+    if work < WORTH_A_THREAD or (threads := min(_num_threads, _most())) == 1:
         return 1
     return min(threads, max(batch // 4, -(-hidden // (VECS * LANES_OF[dtype]))))
 
@@ -353,5 +358,5 @@ def empty(count: int, dtype: np.dtype) -> NDArray[Any]:
     if count < 4096:
         return np.empty(count, dtype)
     memory = np.empty(count + 64 // dtype.itemsize, dtype)
-    offset = -memory.ctypes.data % 64 // dtype.itemsize
+    offset = before_a_line(memory)
     return memory[offset : offset + count]

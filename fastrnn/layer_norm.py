@@ -39,9 +39,9 @@ def kinds(layer: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "bias_ln_c", (H,)
 
 
-def initial(layer: Any, name: str, shape: tuple[int, ...]) -> Array:
+def initial(layer: Any, kind: str, shape: tuple[int, ...]) -> Array:
     """One of these parameters at first: the normalised numbers as they are."""
-    return np.full(shape, 1 if name.startswith("weight_ln") else 0, layer.dtype)
+    return np.full(shape, 1 if kind.startswith("weight_ln") else 0, layer.dtype)
 
 
 def packs(layer: Any, save: bool) -> dict[tuple[int, int], tuple[kernels.Weights, kernels.Weights]]:
@@ -70,7 +70,7 @@ def _pack(layer: Any, k: int, d: int, backward: bool) -> kernels.Weights:
     def stack(names: list[str], size: int) -> Array:
         return np.concatenate([given.get(name, np.zeros(size, dtype)) for name in names])
 
-    given = {kind: layer.parameters[layer._name(kind, k, d)] for kind, _ in layer._kinds(layer._inputs_of(k))}
+    given = {kind: layer.parameters[name] for kind, name in layer.names[k, d].items()}
     return kernels.Weights(
         matrix("weight_ih"),
         matrix("weight_hh"),
@@ -116,7 +116,8 @@ def run_direction(
         scratch=parties * W,
     )
     buffers = kernels.Buffers(*[batching.empty(size, dtype) for size in sizes])
-    h_0, s = before[0], before[-1].copy()
+    h_0, s = before[0], after[-1]
+    s[...] = before[-1]
 
     def call(me: int, parties: int, barrier: Array) -> None:
         functions.forward(
@@ -125,9 +126,7 @@ def run_direction(
         )  # fmt: skip
 
     batching.together(parties, call)
-    sequences.unsorted(sequences.last(y, h_0), after[0])
-    if layer.STATES == 2:
-        sequences.unsorted(s, after[1])
+    after[0][...] = sequences.last(y, h_0)
     if tape is None:
         return None
     tape[key] = buffers
@@ -138,7 +137,7 @@ def run_direction(
         R = sequences.largest(backs)
         sizes = kernels.Work(du=R * M, dv=R * M, dn=R * H, dp=R * P, dm=B * H, d_seen=B * P, scratch=parties * W)
         space = kernels.Work(*[batching.empty(size, dtype) for size in sizes])
-        out = gradients(layer, sums, key, N, B, I)
+        out = gradients(layer, sums, key, N, I, d_before)
         for d, d_n in zip((out.h_0, out.s_0), d_after):
             d[...] = d_n
 
@@ -149,21 +148,20 @@ def run_direction(
             )  # fmt: skip
 
         batching.together(parties, call)
-        for d_state, d in zip(d_before, (out.h_0, out.s_0)):
-            sequences.unsorted(d, d_state)
         return out.x
 
     return backward
 
 
-def gradients(layer: Any, sums: Any, key: tuple[int, int], N: int, B: int, I: int) -> kernels.Gradients:
+def gradients(layer: Any, sums: Any, key: tuple[int, int], N: int, I: int, states: list[Array]) -> kernels.Gradients:
     """As the function."""
     cell, dtype = layer.cell, layer.dtype
     H, P, M = cell.H, cell.P, cell.gates * cell.H
     if key not in sums:
         shapes = [(M, I), (M, P), (P, H) if P != H else (0, 0), (4, M), (5, H)]
         sums[key] = [np.empty(shape, dtype) for shape in shapes]
-    return kernels.Gradients(np.empty((N, I), dtype), np.empty((B, P), dtype), np.empty((B, H), dtype), *sums[key])
+    s_0 = states[1] if layer.STATES == 2 else np.empty_like(states[0])
+    return kernels.Gradients(np.empty((N, I), dtype), states[0], s_0, *sums[key])
 
 
 def named(layer: Any, sums: Any) -> dict[str, Array]:
@@ -177,7 +175,7 @@ def named(layer: Any, sums: Any) -> dict[str, Array]:
             ("weight_ln_c bias_ln_c weight_ci weight_cf weight_co", units),
         ):
             given |= {name: row.copy() for name, row in zip(names.split(), rows)}
-        named |= {layer._name(kind, k, d): given[kind] for kind, _ in layer._kinds(layer._inputs_of(k))}
+        named |= {name: given[kind] for kind, name in layer.names[k, d].items()}
     return named
 
 

@@ -22,11 +22,13 @@ LSTM_WITH_OPTIONS = SimpleNamespace(
     forward=lstm_kernels.forward_with_options,
     backward=lstm_kernels.backward_with_options,
     step=lstm_kernels.step_with_options,
+    step_of_arrays=lstm_kernels.step_of_arrays_with_options,
 )
 GRU_RESET_BEFORE = SimpleNamespace(
     forward=gru_kernels.forward_reset_before,
     backward=gru_kernels.backward_reset_before,
     step=gru_kernels.step_reset_before,
+    step_of_arrays=gru_kernels.step_of_arrays_reset_before,
 )
 NONLINEARITIES = {"tanh": rnn_kernels.TANH, "relu": rnn_kernels.RELU, "identity": rnn_kernels.IDENTITY}
 

@@ -23,6 +23,8 @@ def masks(layer: "Recurrent", T: int, B: int, rng: np.random.Generator) -> Masks
     """
     drawn: Masks = {}
     P, zoned = layer.cell.P, any(layer.zoneout)
+    if not (layer.dropout or layer.recurrent_dropout or zoned):
+        return drawn
     for k, d in layer._keys():
         if layer.dropout and k > 0 and d == 0:
             drawn["dropout", k] = dropout_mask((T, B, layer.directions * P), layer.dropout, rng, layer.dtype)
@@ -36,6 +38,8 @@ def masks(layer: "Recurrent", T: int, B: int, rng: np.random.Generator) -> Masks
 def draw_masks(layer: "Recurrent", sequences: Sequences, rng: np.random.Generator) -> Masks:
     """The masks for a `vjp` as the kernels read them."""
     drawn = masks(layer, sequences.T, sequences.B, rng)
+    if not drawn:
+        return drawn
     drawn = {name: sequences.rows(m) if m.ndim == 3 else sequences.sorted(m) for name, m in drawn.items()}
     # The state s of a GRU is h.
     zone_s = {
@@ -46,7 +50,7 @@ def draw_masks(layer: "Recurrent", sequences: Sequences, rng: np.random.Generato
 
 def kernel_masks(masks: Masks, key: tuple[int, int], dtype: np.dtype) -> KernelMasks | None:
     """Those of one direction of a layer, as its kernels take them; None if there are none."""
-    given = [masks.get((name, *key)) for name in ("recurrent", "zoneout_h", "zoneout_s")]
+    given = [masks.get((name, *key)) for name in ("recurrent", "zoneout_h", "zoneout_s")] if masks else []
     if all(mask is None for mask in given):
         return None
     return KernelMasks(*[np.empty((0, 0), dtype) if mask is None else mask for mask in given])

@@ -29,7 +29,7 @@ Packs = dict[Key, tuple[Any, Any]]
 def weights(layer: "Recurrent", k: int, d: int) -> SimpleNamespace:
     """The parameters of a direction, all of one Numba type, with zeros or nothing for those it lacks."""
     H, gates = layer.cell.H, layer.cell.gates
-    given = {kind: layer.parameters[layer._name(kind, k, d)] for kind, _ in layer._kinds(layer._inputs_of(k))}
+    given = {kind: layer.parameters[name] for kind, name in layer.names[k, d].items()}
     none, zeros = np.empty((0, 0), layer.dtype), np.zeros(H, layer.dtype)
     if not layer.bias:
         given |= {"bias_ih": np.zeros(gates * H, layer.dtype), "bias_hh": np.zeros(gates * H, layer.dtype)}
@@ -78,8 +78,9 @@ def _packs(layer: "Recurrent", save: bool) -> Packs:
     return {key: (pack, pack_backward(layer, *key) if save else pack) for key, pack in forward.items()}
 
 
-def gradients(layer: "Recurrent", sums: Sums, key: Key, N: int, B: int, I: int) -> Any:
-    """Arrays for a direction's gradients; those by weights are ``sums``' own, of which there may be none yet."""
+def gradients(layer: "Recurrent", sums: Sums, key: Key, N: int, I: int, states: list[Array]) -> Any:
+    """Arrays for a direction's gradients: those by the state are ``states``, those by weights ``sums``' own, of which
+    there may be none yet."""
     cell, dtype, L = layer.cell, layer.dtype, LANES_OF[layer.dtype]
     H, P, U = cell.H, cell.P, -(-cell.H // L)
     if key not in sums:
@@ -90,28 +91,41 @@ def gradients(layer: "Recurrent", sums: Sums, key: Key, N: int, B: int, I: int) 
             np.empty((-(-U // cell.spread), VECS * L), dtype),
             np.empty((3, U * L) if cell.peephole else (0, 0), dtype),
         ]
-    rows, h_0, s_0 = np.empty((N, I), dtype), np.empty((B, P), dtype), np.empty((B, H), dtype)
-    return bptt.Gradients(rows, h_0, s_0, *sums[key])
+    s_0 = states[1] if layer.STATES == 2 else np.empty_like(states[0])
+    return bptt.Gradients(np.empty((N, I), dtype), states[0], s_0, *sums[key])
 
 
 def named(layer: "Recurrent", sums: Sums) -> Gradients:
     """Gradients by the parameters' names, from what the kernels write."""
     cell = layer.cell
     named: Gradients = {}
+    in_bias_ih, in_bias_hh = _bias_places(cell, LANES_OF[layer.dtype])
     for k, d in layer._keys():
         w_ih, w_hh, w_hr, b, peepholes = sums[k, d]
-        slots = b.reshape(len(b) * cell.spread, VECS // cell.spread, -1).swapaxes(0, 1)
-        slots = slots.reshape(len(slots), -1)[:, : cell.H]
         given = {"weight_ih": w_ih, "weight_hh": w_hh, "weight_hr": w_hr}
-        for name, windows in ("bias_ih", [cell.x]), ("bias_hh", [cell.h, cell.again]):
-            bias = np.empty((cell.gates, cell.H), layer.dtype)
-            for window in windows:
-                for j in range(window.count):
-                    bias[(j + window.rotate) % cell.gates] = slots[window.slot + j]
-            given[name] = bias.ravel()
-        given |= {f"weight_c{gate}": row[: cell.H].copy() for gate, row in zip("ifo", peepholes)}
-        named |= {layer._name(kind, k, d): given[kind] for kind, _ in layer._kinds(layer._inputs_of(k))}
+        given |= {"bias_ih": b.take(in_bias_ih), "bias_hh": b.take(in_bias_hh)}
+        if cell.peephole:
+            given |= {f"weight_c{gate}": row[: cell.H].copy() for gate, row in zip("ifo", peepholes)}
+        named |= {name: given[kind] for kind, name in layer.names[k, d].items()}
     return named
+
+
+@lru_cache(1024)
+def _bias_places(cell: cells.Cell, L: int) -> tuple[Array, Array]:
+    """Where the numbers of ``bias_ih`` and of ``bias_hh`` are among the bias's gradients, (G, W)."""
+    units = np.arange(cell.H)
+    of_unit = units // (cell.spread * L) * VECS * L + units % (cell.spread * L)
+    places = np.empty((2, cell.gates, cell.H), np.int64)
+    for bias, windows in zip(places, ([cell.x], [cell.h, cell.again])):
+        for window in windows:
+            for j in range(window.count):
+                bias[(j + window.rotate) % cell.gates] = of_unit + (window.slot + j) * L
+    return places[0].ravel(), places[1].ravel()
+
+
+@lru_cache(1024)
+def work_size(cell: cells.Cell, B: int, rows: int, buffers: int, L: int) -> int:
+    return bptt.work_layout.py_func(cell, B, rows, buffers, VECS * L, L)[-1]
 
 
 @lru_cache(1024)

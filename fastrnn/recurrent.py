@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import batching, layer_norm, packing
-from .batching import Sequences
+from .batching import Sequences, full_sequences
 from .checks import (
     as_array,
     as_checked,
@@ -25,7 +25,6 @@ from .checks import (
     positive,
     probability,
 )
-from .kernels import bptt
 from .kernels import cell as cells
 from .kernels import recurrent as steps
 from .kernels.gemm import multiply_addresses
@@ -92,6 +91,8 @@ class Recurrent(Module):
         self.bidirectional = flag(bidirectional, "bidirectional")
         self.recurrent_dropout = probability(recurrent_dropout, "recurrent_dropout")
         self.zoneout = self._zoneout(zoneout)
+        # Whether the kernels' ``step`` runs the layer.
+        self.steps_in_place = not (self.bidirectional or any(self.zoneout) or self.layer_norm)
         self.dtype = float_dtype(dtype)
         if self.dropout and self.num_layers == 1:
             warnings.warn("dropout acts between layers: with num_layers=1 it does nothing", stacklevel=3)
@@ -110,13 +111,18 @@ class Recurrent(Module):
         }
         self._rng = np.random.default_rng(as_seed(seed))
         bound = self.hidden_size**-0.5
-        self.parameters = Parameters(
-            {name: self._initial(name, shape, bound) for name, shape in self._shapes()},
-        )
+        # Each direction's parameters: their names by kind.
+        self.names: dict[Key, dict[str, str]] = {}
+        arrays = {}
+        for k, d in self._keys():
+            shapes = dict(self._kinds(self._inputs_of(k)))
+            self.names[k, d] = {kind: self._name(kind, k, d) for kind in shapes}
+            arrays |= {self.names[k, d][kind]: self._initial(kind, shape, bound) for kind, shape in shapes.items()}
+        self.parameters = Parameters(arrays)
 
-    def _initial(self, name: str, shape: tuple[int, ...], bound: float) -> Array:
-        if "_ln_" in name:
-            return layer_norm.initial(self, name, shape)
+    def _initial(self, kind: str, shape: tuple[int, ...], bound: float) -> Array:
+        if "_ln_" in kind:
+            return layer_norm.initial(self, kind, shape)
         return self._rng.uniform(-bound, bound, shape).astype(self.dtype)
 
     def _zoneout(self, zoneout: Any) -> tuple[float, ...]:
@@ -156,11 +162,6 @@ class Recurrent(Module):
     def _keys(self) -> Iterator[Key]:
         return ((k, d) for k in range(self.num_layers) for d in range(self.directions))
 
-    def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        for k, d in self._keys():
-            for kind, shape in self._kinds(self._inputs_of(k)):
-                yield self._name(kind, k, d), shape
-
     @property
     def _packing(self) -> Any:
         """Whose functions say how weights and gradients lie for the kernels."""
@@ -170,11 +171,6 @@ class Recurrent(Module):
     def multiply(self) -> tuple[int, int]:
         """The addresses of what the kernels call, in this process."""
         return multiply_addresses(self.dtype, 3 in (self.cell.x.count, self.cell.h.count))
-
-    @property
-    def steps_in_place(self) -> bool:
-        """Whether the kernels' ``step`` runs the layer."""
-        return not self.bidirectional and not any(self.zoneout) and not self.layer_norm
 
     def stream(self, batch_size: int = 1) -> "Stream":
         """The layer as one that is fed one step at a time and remembers its state: a `fastrnn.streaming.Stream`."""
@@ -238,13 +234,13 @@ class Recurrent(Module):
     def _sequences(x: Array, lengths: Any) -> Sequences:
         """How the sequences of x (T, B, I) stand in rows."""
         T, B, _ = x.shape
-        return Sequences(T, B, None if lengths is None else as_lengths(lengths, "lengths", T, B))
+        return full_sequences(T, B) if lengths is None else Sequences(T, B, as_lengths(lengths, "lengths", T, B))
 
     def _state_arrays(self, state: Any, name: str, batch: int, batched: bool) -> tuple[Array, ...]:
         layers, cell = self.num_layers * self.directions, self.cell
-        shapes = ((layers, batch, cell.P), (layers, batch, cell.H))[: self.STATES]
         if state is None:
-            return tuple([np.zeros(shape, self.dtype) for shape in shapes])
+            return tuple([np.zeros((layers, batch, n), self.dtype) for n in (cell.P, cell.H)[: self.STATES]])
+        shapes = ((layers, batch, cell.P), (layers, batch, cell.H))
         if self.STATES == 1:
             state = (state,)
         elif not isinstance(state, (tuple, list)) or len(state) != self.STATES:
@@ -289,8 +285,8 @@ class Recurrent(Module):
         """
         x, before, batched = self._inputs(x, state)
         if lengths is None and len(x) == 1 and x.shape[1] < batching.ROWS_OF_A_SHARE and self.steps_in_place:
-            y, after = self._step(x[0], before)
-            return self._sequence(y[None], batched), self._state(after, batched)
+            y = self._step(x[0], after := before if state is None else tuple([s.copy() for s in before]))
+            return self._sequence(y, batched), self._state(after, batched)
         sequences = self._sequences(x, lengths)
         packs = self._packing.packs(self, save=False)
         y, after, _ = self._run(sequences.rows(x), before, sequences, self._expected_masks(), packs)
@@ -369,6 +365,8 @@ class Recurrent(Module):
         and the tape, as it is now; it returns dx and the gradient by the state before it.
         """
         P, D = self.cell.P, self.directions
+        ordered = sequences.lengths is not None
+        before = tuple([sequences.sorted(s) for s in before]) if ordered else before
         after = tuple([np.empty_like(s) for s in before])
         run = self._run_direction if checkpoint is None else partial(self._run_stretches, checkpoint)
         backwards = {}
@@ -377,27 +375,28 @@ class Recurrent(Module):
                 x = x * masks[("dropout", k)]
             ys = []
             for d in range(D):
-                states = [sequences.sorted(s[k * D + d]) for s in before], [s[k * D + d] for s in after]
+                states = [s[k * D + d] for s in before], [s[k * D + d] for s in after]
                 x_d, y = sequences.reversed(x) if d else x, np.empty((sequences.N, P), self.dtype)
                 backwards[k, d] = run((k, d), x_d, y, *states, sequences, masks, packs[k, d], tape)
                 ys.append(sequences.reversed(y) if d else y)
             x = ys[0] if D == 1 else np.concatenate(ys, 1)
 
         def backward(dy: Array, d_after: tuple[Array, ...], sums: Sums, tape: Tape) -> tuple[Array, tuple[Array, ...]]:
+            d_after = tuple([sequences.sorted(s) for s in d_after])
             d_before = tuple([np.empty_like(s) for s in d_after])
             for k in reversed(range(self.num_layers)):
                 dxs = []
                 for d in range(D):
-                    states = [sequences.sorted(s[k * D + d]) for s in d_after], [s[k * D + d] for s in d_before]
+                    states = [s[k * D + d] for s in d_after], [s[k * D + d] for s in d_before]
                     dy_d = dy if D == 1 else np.ascontiguousarray(dy[:, d * P : (d + 1) * P])
                     dx = backwards[k, d](sequences.reversed(dy_d) if d else dy_d, *states, sums, tape)
                     dxs.append(sequences.reversed(dx) if d else dx)
                 dy = dxs[0] if D == 1 else dxs[0] + dxs[1]
                 if ("dropout", k) in masks:
                     dy = dy * masks[("dropout", k)]
-            return dy, d_before
+            return dy, tuple([sequences.unsorted(s) for s in d_before])
 
-        return x, after, backward
+        return x, tuple([sequences.unsorted(s) for s in after]) if ordered else after, backward
 
     def _run_direction(
         self,
@@ -411,11 +410,14 @@ class Recurrent(Module):
         packs: tuple[Any, Any],
         tape: Tape | None,
     ) -> Any:
-        """Run one direction of a layer. Writes ``y, after``. Returns the backward pass, if there is a tape."""
+        """Run one direction of a layer. Writes ``y, after``. Returns the backward pass, if there is a tape.
+
+        States are in the rows' order of sequences.
+        """
         cell, dtype, functions, (N, I), B = self.cell, self.dtype, self.kernels, x.shape, sequences.B
         if N == 0:
             for state, s_0 in zip(after, before):
-                sequences.unsorted(s_0, state)
+                state[...] = s_0
             return partial(self._backward_of_nothing, key, I, sequences)
         if self.layer_norm:
             return layer_norm.run_direction(self, key, x, y, before, after, sequences, masks, packs, tape)
@@ -430,7 +432,7 @@ class Recurrent(Module):
         mask_arrays = kernel_masks(masks, key, dtype)
         if mask_arrays is None and cell.P != cell.H:
             mask_arrays = no_masks(dtype)
-        h_0, s_0, s_n = before[0], before[-1], np.empty((B, cell.H), dtype)
+        h_0, s_0, s_n = before[0], before[-1], after[-1]
 
         def call(me: int, parties: int, barrier: Array) -> None:
             functions.forward(
@@ -439,9 +441,7 @@ class Recurrent(Module):
             )  # fmt: skip
 
         batching.together(parties, call)
-        sequences.unsorted(sequences.last(y, h_0), after[0])
-        if self.STATES == 2:
-            sequences.unsorted(s_n, after[1])
+        after[0][...] = sequences.last(y, h_0)
         if tape is None:
             return None
         tape[key] = buffer
@@ -452,9 +452,8 @@ class Recurrent(Module):
             # Two buffers, so that one is filled while another thread still reads the other.
             buffers, L = min(parties, 2), LANES_OF[dtype]
             most = sequences.largest(backs)
-            size = bptt.work_layout.py_func(cell, B, most, buffers, VECS * L, L)[-1]
-            space, fresh = batching.empty(size, dtype), key not in sums
-            out = self._packing.gradients(self, sums, key, N, B, I)
+            space, fresh = batching.empty(packing.work_size(cell, B, most, buffers, L), dtype), key not in sums
+            out = self._packing.gradients(self, sums, key, N, I, d_before)
             dh_n, ds_n = d_after[0], d_after[-1] if self.STATES == 2 else out.s_0
 
             def call(me: int, parties: int, barrier: Array) -> None:
@@ -464,8 +463,6 @@ class Recurrent(Module):
                 )  # fmt: skip
 
             batching.together(parties, call)
-            for d_state, d in zip(d_before, (out.h_0, out.s_0)):
-                sequences.unsorted(d, d_state)
             return out.x
 
         return backward
@@ -496,7 +493,7 @@ class Recurrent(Module):
                 key, x[first:last], y[first:last], stretches[-1][2], state, part, part_masks, packs, None
             )
         for s_n, s in zip(after, state):
-            sequences.unsorted(s, s_n)
+            s_n[...] = s
 
         def backward(dy: Array, d_after: list[Array], d_before: list[Array], sums: Sums, _: Tape) -> Array:
             dx, d_state = np.empty_like(x), d_after
@@ -509,7 +506,7 @@ class Recurrent(Module):
                 d_next, d_state = d_state, [np.empty_like(s) for s in d_state]
                 dx[first:last] = again(np.ascontiguousarray(dy[first:last]), d_next, d_state, sums, tape)
             for d_0, d in zip(d_before, d_state):
-                sequences.unsorted(d, d_0)
+                d_0[...] = d
             return dx
 
         return backward
@@ -519,21 +516,21 @@ class Recurrent(Module):
     ) -> Array:
         """The backward pass over no rows."""
         for d_state, d in zip(d_before, d_after):
-            sequences.unsorted(d, d_state)
+            d_state[...] = d
         if key not in sums:
-            for array in self._packing.gradients(self, sums, key, 0, 0, I)[3:]:
+            for array in self._packing.gradients(self, sums, key, 0, I, d_before)[3:]:
                 array[...] = 0
         return np.empty((0, I), self.dtype)
 
-    def _step(self, x: Array, before: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
-        """One step of all layers, of one direction, on the calling thread. x (B, I). Returns y (B, P) and the state."""
-        after = tuple([s.copy() for s in before])
+    def _step(self, x: Array, state: tuple[Array, ...]) -> Array:
+        """One step of all layers, of one direction, on the calling thread. x (B, I). Changes the state; y (1, B, P)."""
         work = np.empty(packing.step_size(self.cell, len(x), LANES_OF[self.dtype]), self.dtype)
-        self.kernels.step(self.packed, steps.State(after[0], after[-1], work), x)
-        return after[0][-1].copy(), after
+        self.kernels.step_of_arrays(*self.packed, state[0], state[-1], work, x)
+        return state[0][-1:].copy()
 
     def _expected_masks(self) -> Masks:
         """What stands for the masks when nothing is drawn: zoneout's probabilities, one row for all."""
+        if self.steps_in_place or not any(self.zoneout):
+            return {}
         sizes = {"zoneout_h": (self.zoneout[0], self.cell.P), "zoneout_s": (self.zoneout[-1], self.cell.H)}
-        keys = self._keys() if any(self.zoneout) else ()
-        return {(name, *key): np.full((1, n), p, self.dtype) for key in keys for name, (p, n) in sizes.items()}
+        return {(name, *key): np.full((1, n), p, self.dtype) for key in self._keys() for name, (p, n) in sizes.items()}

@@ -61,7 +61,7 @@ class Stream:
             parameters = layer.parameters
             if self._version != parameters.version or parameters.writing:
                 self._version, self._packed = parameters.version, layer.packed
-            layer.kernels.step(self._packed, self._state, x)
+            layer.kernels.step_of_arrays(*self._packed, *self._state, x)
         else:
             _, self.state = layer(x[:, None] if layer.batch_first else x[None], self.state)
         return self._y

@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 from numba import types
 
-from .compiler import address_of, part, specialise
+from .compiler import address_of, kernel, part, specialise
 from .tile import ROW_PANELS, ROWS, VECS, row_product, tile_product, tile_product_of_three, width
 from .vector import at, call, lanes, load_part, load_whole, store_part, store_whole, transpose
 
@@ -160,14 +160,21 @@ _multiply_three = specialise(_multiply, __name__, "_multiply_three", tile=tile_p
 
 @lru_cache(None)
 def multiply_addresses(dtype, three=False):
-    """What `product` calls for arrays of a NumPy dtype: addresses, valid in this process.
+    """What `product` calls for arrays of a NumPy dtype: two addresses, int64, valid in this process.
 
     The second one, for panels of three vectors, is 0 unless ``three``.
     """
     n, number = types.int64, types.CPointer(types.float32 if dtype == np.float32 else types.float64)
     panels = (number, n, n)
     signature = types.void(n, n, n, n, n, *panels, *panels, number, n, n, n, n, *panels, n)
-    return address_of(_multiply_any, signature), address_of(_multiply_three, signature) if three else 0
+    addresses = address_of(_multiply_any, signature), address_of(_multiply_three, signature) if three else 0
+    return np.array(addresses)
+
+
+@kernel
+def before_a_line(memory):
+    """How many numbers of an array come before the first one on a cache line."""
+    return -memory.ctypes.data % 64 // memory.itemsize
 
 
 @part

@@ -52,6 +52,7 @@ forward = specialise(
 )
 backward = specialise(bptt.backward, __name__, "backward", retreat=retreat, reset_backward=None, peephole_sums=None)
 step = specialise(recurrent.step, __name__, "step", forceinline=True, advance=advance, reset=None)
+step_of_arrays = specialise(recurrent.step_of_arrays, __name__, "step_of_arrays", cell_step=step)
 
 
 @part
@@ -104,4 +105,7 @@ backward_reset_before = specialise(
 )
 step_reset_before = specialise(
     recurrent.step, __name__, "step_reset_before", forceinline=True, advance=advance_reset_before, reset=reset
+)
+step_of_arrays_reset_before = specialise(
+    recurrent.step_of_arrays, __name__, "step_of_arrays_reset_before", cell_step=step_reset_before
 )

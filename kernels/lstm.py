@@ -45,6 +45,7 @@ def retreat(cell, extra, u, a, d, c_before, dh, dc, n):
 forward = specialise(recurrent.forward, __name__, "forward", advance=advance, reset=None)
 backward = specialise(bptt.backward, __name__, "backward", retreat=retreat, reset_backward=None, peephole_sums=None)
 step = specialise(recurrent.step, __name__, "step", forceinline=True, advance=advance, reset=None)
+step_of_arrays = specialise(recurrent.step_of_arrays, __name__, "step_of_arrays", cell_step=step)
 
 
 @part
@@ -145,4 +146,7 @@ backward_with_options = specialise(
 )
 step_with_options = specialise(
     recurrent.step, __name__, "step_with_options", forceinline=True, advance=advance_with_options, reset=None
+)
+step_of_arrays_with_options = specialise(
+    recurrent.step_of_arrays, __name__, "step_of_arrays_with_options", cell_step=step_with_options
 )

@@ -43,6 +43,7 @@ def retreat(cell, extra, u, a, d, s, dh, ds, n):
 forward = specialise(recurrent.forward, __name__, "forward", advance=advance, reset=None)
 backward = specialise(bptt.backward, __name__, "backward", retreat=retreat, reset_backward=None, peephole_sums=None)
 step = specialise(recurrent.step, __name__, "step", forceinline=True, advance=advance, reset=None)
+step_of_arrays = specialise(recurrent.step_of_arrays, __name__, "step_of_arrays", cell_step=step)
 
 
 # In the templates below these are the user's.
@@ -61,7 +62,7 @@ def _retreat_of(cell, extra, u, a, d, s, dh, ds, n):
     return zeros(a), ds
 
 
-Kernels = namedtuple("Kernels", "forward backward step")
+Kernels = namedtuple("Kernels", "forward backward step step_of_arrays")
 
 
 @lru_cache(64)
@@ -69,8 +70,10 @@ def kernels_of(f, df):
     """The kernels for any f, and df in terms of f's value: functions of a number that Numba compiles."""
     own = {"advance": part(renamed(_advance_of, __name__, "advance_of", f=f)), "reset": None}
     back = {"retreat": part(renamed(_retreat_of, __name__, "retreat_of", df=df)), "reset_backward": None}
+    step = specialise(recurrent.step, __name__, "step_of", cache=False, forceinline=True, **own)
     return Kernels(
         specialise(recurrent.forward, __name__, "forward_of", cache=False, **own),
         specialise(bptt.backward, __name__, "backward_of", cache=False, peephole_sums=None, **back),
-        specialise(recurrent.step, __name__, "step_of", cache=False, forceinline=True, **own),
+        step,
+        specialise(recurrent.step_of_arrays, __name__, "step_of_arrays_of", cache=False, cell_step=step),
     )

@@ -144,7 +144,7 @@ def assign(keras_layer: Any, layer: Recurrent) -> None:
                 f"{theirs.name!r}"
             )
         for d, cell in enumerate(cells):
-            arrays = {kind: layer.parameters[layer._name(kind, k, d)] for kind, _ in layer._kinds(layer._inputs_of(k))}
+            arrays = {kind: layer.parameters[name] for kind, name in layer.names[k, d].items()}
             writes += zip(_variables(cell), _weights_of(layer, arrays))
     for variable, array in writes:
         variable.assign(array)
@@ -281,7 +281,7 @@ def _convert(node: Node, weights: list[Weights]) -> Recurrent:
     )
     for d, arrays in enumerate(weights):
         for parameter, array in _parameters(kind, arguments, arrays).items():
-            layer.parameters[layer._name(parameter, 0, d)] = array
+            layer.parameters[layer.names[0, d][parameter]] = array
     return layer
 
 

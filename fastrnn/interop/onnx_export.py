@@ -180,10 +180,10 @@ class _Writer:
     def _of_direction(self, k: int, d: int) -> dict[str, Array]:
         rnn, H = self.rnn, self.rnn.hidden_size
         kinds = ["weight_ih", "weight_hh"] + ["bias_ih", "bias_hh"] * rnn.bias
-        ours = {kind: rnn.parameters[rnn._name(kind, k, d)] for kind in kinds}
+        ours = {kind: rnn.parameters[rnn.names[k, d][kind]] for kind in kinds}
         peepholes = {}
         if rnn.cell.peephole:
-            peepholes = {gate: rnn.parameters[rnn._name(f"weight_c{gate}", k, d)] for gate in self._peepholes()}
+            peepholes = {gate: rnn.parameters[rnn.names[k, d][f"weight_c{gate}"]] for gate in self._peepholes()}
         ordered = {kind: self._ordered(array.reshape(-1, H, *array.shape[1:])) for kind, array in ours.items()}
         weights = {"W": ordered["weight_ih"], "R": ordered["weight_hh"]}
         if rnn.bias:

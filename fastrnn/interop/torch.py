@@ -39,9 +39,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import batching, layers, packing
-from ..batching import Sequences
+from ..batching import Sequences, full_sequences
 from ..kernels import contents, direct
-from ..kernels.recurrent import State
 from ..kernels.vector import LANES_OF
 from ..masks import Masks
 from ..packing import Gradients, step_size
@@ -194,7 +193,8 @@ def _run(
     rows, *before = map(_array, tensors)
     one_step = sequences.T == 1 and sequences.B < batching.ROWS_OF_A_SHARE and layer.steps_in_place and not masks
     if one_step and tape is None:
-        y, after, backward = *layer._step(rows, tuple(before)), None
+        after, backward = tuple([s.copy() for s in before]), None
+        y = layer._step(rows, after)[0]
     else:
         with _torchs_threads():
             packs = packing.packs(layer, tape is not None)
@@ -231,7 +231,7 @@ def _sequence_function(kind: str) -> Callable[..., Any]:
         else:
             hx, weights, bias, num_layers, dropout, train, bidirectional, batch_first = arguments
             x = x.transpose(0, 1) if batch_first else x
-            sequences = Sequences(*x.shape[:2])
+            sequences = full_sequences(*x.shape[:2])
         layer = _layer_of(kind, weights, num_layers, bias, bidirectional)
         leading, masks = x.shape[:-1], {}
         if train and dropout:
@@ -271,7 +271,7 @@ def _cell_function(kind: str) -> Callable[..., Any]:
                 after = _step(layer, x, states)
             else:
                 before = [state.unsqueeze(0) for state in states]
-                after = [s.squeeze(0) for s in _recurrence(layer, weights, Sequences(1, B), {}, x, *before)[1:]]
+                after = [s.squeeze(0) for s in _recurrence(layer, weights, full_sequences(1, B), {}, x, *before)[1:]]
         return tuple(after) if len(after) > 1 else after[0]
 
     return run
@@ -318,7 +318,7 @@ def _step(layer: Recurrent, x: Tensor, states: Sequence[Tensor]) -> list[Tensor]
     after = [state.clone() for state in states]
     arrays = [state.numpy()[None] for state in after]
     work = np.empty(step_size(layer.cell, len(x), LANES_OF[layer.dtype]), layer.dtype)
-    layer.kernels.step(layer.packed, State(arrays[0], arrays[-1], work), x.numpy())
+    layer.kernels.step_of_arrays(*layer.packed, arrays[0], arrays[-1], work, x.numpy())
     return after
 
 
