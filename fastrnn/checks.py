@@ -1,5 +1,6 @@
 """Checks of arguments: every public function's errors say which argument, what was expected and what came."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ def number(value: Any, name: str, least: float = -np.inf, most: float = np.inf) 
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
     try:
-        finite = np.isfinite(float(value))
+        finite = math.isfinite(value)
     except OverflowError:  # an int past the largest float
         finite = False
     if not finite or not least <= value <= most:

@@ -222,7 +222,7 @@ class Parts(NamedTuple):
 
         y, after = self.rnn(self.embedding(tokens[None]), map_arrays(swap, state))
         log_probs = np.empty((len(tokens), self.output.out_features))
-        kernels.log_softmax(self.output(y[0]), log_probs, np.empty(64, self.output.dtype))
+        kernels.log_softmax(self.output(y[0]), log_probs)
         return log_probs, map_arrays(swap, after)
 
     @property
@@ -381,7 +381,6 @@ def common(
         "banned": banned,
         "temperature": temperature,
         "normalise": normalise or steps.normalise or temperature != 1,
-        "lane": np.empty(64, steps.dtype),
     }
 
 

@@ -41,12 +41,9 @@ def cross_entropy(logits: Array, targets: Any) -> tuple[float, Array]:
     rows, dlogits = logits.reshape(-1, V), np.empty_like(logits)
     losses = np.empty(len(rows))
     parties = batching.parties_for(rows.size * MULTIPLY_ADDS_OF_A_LOGIT, len(rows), 1, logits.dtype)
-    work = np.empty((parties, 64), logits.dtype)
 
     def call(me: int, parties: int, barrier: Array) -> None:
-        kernels.cross_entropy(
-            rows, targets.reshape(-1), losses, dlogits.reshape(rows.shape), work, me, parties, barrier
-        )
+        kernels.cross_entropy(rows, targets.reshape(-1), losses, dlogits.reshape(rows.shape), me, parties, barrier)
 
     batching.together(parties, call)
     return float(losses.mean()), dlogits

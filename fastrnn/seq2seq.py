@@ -313,7 +313,7 @@ class Seq2Seq(Module):
         groups = len(tokens) if memory is None else len(memory)
         logits = self.output(self._look_back(h.reshape(groups, -1, self.hidden_size), memory, lengths))
         log_probs = np.empty((len(tokens), self.end + 1))
-        log_softmax(logits.reshape(log_probs.shape), log_probs, np.empty(64, self.dtype))
+        log_softmax(logits.reshape(log_probs.shape), log_probs)
         return log_probs, map_arrays(_batch_first, after)
 
     def _search(

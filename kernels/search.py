@@ -14,7 +14,6 @@ own; all begin with `COMMON`:
     eos, min_length                    the token that ends (-1: none does), and not before there are so many tokens
     banned int64                       tokens that are never chosen
     temperature, normalise             x is divided by it; whether x is then to be normalised
-    lane (64)                          workspace, of x's dtype
 
 Of equal candidates, the one that continues an earlier hypothesis comes first, and then the lesser token.
 Nothing is allocated here.
@@ -30,7 +29,7 @@ from .activations import exp_nonpositive
 from .compiler import kernel, part, specialise
 from .denormals import flush_denormals, restore_mode
 from .gemm import load, store, zeros
-from .vector import at, at_least, lanes, load_part, load_whole, store_whole
+from .vector import at, at_least, lanes, largest_lane, load_or, sum_of_lanes
 
 CLOSED, OPEN, NOT_A_NUMBER, NOT_A_LOG_PROBABILITY = range(4)
 # A log-probability may be above 0 by rounding; what is farther above is none.
@@ -40,10 +39,10 @@ BLOCK = 64
 # The smallest temperature by which a float32 can be divided.
 COLDEST = 1e-37
 
-COMMON = "tokens parents log_probs open starts eos min_length banned temperature normalise lane"
+COMMON = "tokens parents log_probs open starts eos min_length banned temperature normalise"
 # What calls that run at once share, and what each must have for itself. Other arrays have a part for each search.
 SHARED = {"banned", "penalties", "reach"}
-WORKSPACE = {"lane", "counts", "counted", "ranks", "totals", "candidates", "gumbels", "weights", "heap"}
+WORKSPACE = {"counts", "counted", "ranks", "totals", "candidates", "gumbels", "weights", "heap"}
 
 
 def _fields(name: str, own: str) -> Any:
@@ -86,27 +85,19 @@ Draw = _fields("Draw", "noise top_k top_p min_p weights heap")
 
 
 @part
-def _highest(x, V, lane):
+def _highest(x, V):
     """The maximum of V numbers at an address; a NaN may be passed over."""
     L = lanes(x)
-    whole, highest = V - V % L, x[0]
-    if whole > 0:
-        maxima = load_whole(x)
-        for j in range(L, whole, L):
-            maxima = at_least(load_whole(at(x, j)), maxima)
-        store_whole(maxima, lane)
-        for l in range(L):
-            highest = max(highest, lane[l])
-    for j in range(whole, V):
-        highest = max(highest, x[j])
-    return np.float64(highest)
+    maxima = load_or(x, V, -np.inf)
+    for j in range(L, V, L):
+        maxima = at_least(load_or(at(x, j), V - j, -np.inf), maxima)
+    return largest_lane(maxima)
 
 
 @part
-def log_sum_exp(x, V, lane):
+def log_sum_exp(x, V):
     """``log(sum(exp(x)))`` of V numbers at an address; 0 if all are -inf, NaN if one is NaN or inf."""
-    L = lanes(x)
-    whole, highest = V - V % L, _highest(x, V, lane)
+    highest = _highest(x, V)
     if highest == -np.inf:
         total = 0.0
         for j in range(V):
@@ -114,25 +105,16 @@ def log_sum_exp(x, V, lane):
                 total = np.nan
         return total
     sums = zeros(x)
-    for j in range(0, whole, L):
-        sums = sums + exp_nonpositive(load_whole(at(x, j)) - highest)
-    store_whole(sums, lane)
-    total = 0.0
-    for l in range(L):
-        total += lane[l]
-    if whole < V:
-        store_whole(exp_nonpositive(load_part(at(x, whole), V - whole) - highest), lane)
-        for l in range(V - whole):
-            total += lane[l]
-    return highest + math.log(total)
+    for j in range(0, V, lanes(x)):
+        sums = sums + exp_nonpositive(load_or(at(x, j), V - j, -np.inf) - highest)
+    return highest + math.log(sum_of_lanes(sums))
 
 
 @part
 def _cool(search, x, V):
     """Divide by the temperature."""
     if search.temperature != 1:
-        lane = at(search.lane, 0)
-        highest = _highest(x, V, lane)
+        highest = _highest(x, V)
         if highest > -np.inf:
             for j in range(0, V, lanes(x)):
                 store((load(at(x, j), V - j) - highest) / max(search.temperature, COLDEST), at(x, j), V - j)
@@ -150,7 +132,7 @@ def _forbid(search, t, x):
 def _normaliser(search, x, V):
     """What is to be subtracted from x to make it log-probabilities; inf or NaN if it is none."""
     if search.normalise:
-        return log_sum_exp(x, V, at(search.lane, 0))
+        return log_sum_exp(x, V)
     wrong, positive = False, False
     for j in range(V):
         wrong |= x[j] != x[j]
@@ -423,7 +405,7 @@ def draw(search, t, s, x, r):
         row = at(x, (r + k) * V)
         _forbid(search, t, row)
         _cool(search, row, V)
-        normaliser = log_sum_exp(row, V, at(search.lane, 0))
+        normaliser = log_sum_exp(row, V)
         if _is_wrong(search, s, normaliser):
             return
         for j in range(0, V, lanes(row)):
@@ -492,18 +474,18 @@ def to_log_probabilities(search, x):
     for r in range(M):
         row = at(x, r * V)
         _cool(search, row, V)
-        total = log_sum_exp(row, V, at(search.lane, 0))
+        total = log_sum_exp(row, V)
         for v in range(V):
             x[r, v] = min(x[r, v] - total, 0.0)
     restore_mode(mode)
 
 
 @kernel
-def log_softmax(x, y, lane):
-    """``y = x - log(sum(exp(x)))`` by rows. x (M, V) is read, y float64 (M, V) written; lane (64) is workspace."""
+def log_softmax(x, y):
+    """``y = x - log(sum(exp(x)))`` by rows. x (M, V) is read, y float64 (M, V) written."""
     mode, (M, V) = flush_denormals(), x.shape
     for r in range(M):
-        total = log_sum_exp(at(x, r * V), V, at(lane, 0))
+        total = log_sum_exp(at(x, r * V), V)
         for v in range(V):
             y[r, v] = x[r, v] - total
     restore_mode(mode)

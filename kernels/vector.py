@@ -103,11 +103,11 @@ def _mask(builder, vector, n):
     return builder.icmp_signed("<", lane, splat(builder, n, vector.count))
 
 
-def load_part_of(builder, pointer, n):
+def load_part_of(builder, pointer, n, rest=None):
     vector = vector_of(pointer.type.pointee)
     address = builder.bitcast(pointer, vector.as_pointer())
     name, align = f"llvm.masked.load.v{vector.count}f{_bits(vector.element)}.p0", I32(_bits(vector.element) // 8)
-    return _call(builder, name, vector, address, align, _mask(builder, vector, n), ir.Constant(vector, None))
+    return _call(builder, name, vector, address, align, _mask(builder, vector, n), rest or ir.Constant(vector, None))
 
 
 def store_part_of(builder, value, pointer, n):
@@ -224,6 +224,19 @@ def transpose(typing, source, source_row, target, target_row):
     return types.void(source, types.int64, target, types.int64), codegen
 
 
+@intrinsic
+def load_or(typing, address, n, other):
+    """The first ``n`` numbers of the vector at ``address``; past them the number ``other``, and nothing is read."""
+
+    def codegen(context, builder, signature, args):
+        address, n, other = args
+        number = address.type.pointee
+        other = other if other.type == number else builder.fptrunc(other, number)
+        return load_part_of(builder, address, n, splat(builder, other, vector_of(number).count))
+
+    return Vector(address.dtype)(address, types.int64, types.float64), codegen
+
+
 # Arithmetic. A Python number takes the vector's dtype, so that an equation reads as it is written.
 
 
@@ -323,6 +336,36 @@ def at_least(typing, x, least):
     """``max(x, least)``, and NaN where ``x`` is NaN."""
     select = _elementwise(lambda builder, x, least: builder.select(builder.fcmp_ordered("<", x, least), least, x))
     return x(x, least), select
+
+
+def _folded(function):
+    """A code generator of ``function`` over all numbers of a vector, as float64: of halves, their halves, and so on."""
+
+    def codegen(context, builder, signature, args):
+        (x,), n = args, signature.args[0].lanes
+        if isinstance(x.type.element, ir.FloatType):
+            x = builder.fpext(x, ir.VectorType(ir.DoubleType(), n))
+        while n > 1:
+            n //= 2
+            low, high = ([I32(i) for i in range(first, first + n)] for first in (0, n))
+            halves = [builder.shuffle_vector(x, x, ir.Constant(ir.VectorType(I32, n), half)) for half in (low, high)]
+            x = function(builder, *halves)
+        return builder.extract_element(x, I32(0))
+
+    return codegen
+
+
+@intrinsic
+def largest_lane(typing, x):
+    """The largest number of a vector, as float64; if there is a NaN among them, that or another one."""
+    larger = _folded(lambda builder, x, y: builder.select(builder.fcmp_ordered("<", x, y), y, x))
+    return types.float64(x), larger
+
+
+@intrinsic
+def sum_of_lanes(typing, x):
+    """The sum of a vector's numbers, in float64."""
+    return types.float64(x), _folded(lambda builder, x, y: builder.fadd(x, y))
 
 
 @intrinsic

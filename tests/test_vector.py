@@ -18,6 +18,17 @@ def load_part_store_whole(source, target, n):
 
 
 @numba.njit
+def load_or_store_whole(source, target, n, other):
+    vector.store_whole(vector.load_or(at(source, 0), n, other), at(target, 0))
+
+
+@numba.njit
+def folded(x):
+    a = vector.load_whole(at(x, 0))
+    return vector.largest_lane(a), vector.sum_of_lanes(a)
+
+
+@numba.njit
 def arithmetic(x, y, z, out):
     a, b, c = vector.load_whole(at(x, 0)), vector.load_whole(at(y, 0)), vector.load_whole(at(z, 0))
     n = vector.lanes(at(x, 0))
@@ -60,6 +71,26 @@ def test_part_of_a_vector(dtype):
         assert target.tolist() == [*source[:n], *[-1] * (L - n)]
         load_part_store_whole(source, target, n)
         assert target.tolist() == [*source[:n], *[0] * (L - n)]
+        for other in (-np.inf, 0.1):
+            load_or_store_whole(source, target, n, other)
+            assert target.tolist() == [*source[:n], *[dtype.type(other)] * (L - n)]
+
+
+def test_all_numbers_of_a_vector(dtype, rng):
+    x = rng.standard_normal(vector.LANES_OF[dtype]).astype(dtype)
+    for _ in x:
+        x = np.roll(x, 1)
+        largest, total = folded(x)
+        assert largest == x.max()
+        np.testing.assert_allclose(total, x.astype(np.float64).sum(), rtol=0, atol=1e-14)
+        spoilt = x.copy()
+        spoilt[0] = np.nan
+        assert np.isnan(folded(spoilt)[1])
+    assert folded(np.full_like(x, -np.inf)) == (-np.inf, -np.inf)
+    # Summed in float64: in float32 the ones would be lost.
+    x[:] = 1
+    x[0] = 2.0**25
+    assert folded(x)[1] == 2**25 + len(x) - 1
 
 
 def test_arithmetic(dtype, rng):

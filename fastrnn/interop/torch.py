@@ -249,23 +249,24 @@ def _sequence_function(kind: str) -> Callable[..., Any]:
 
 def _cell_function(kind: str) -> Callable[..., Any]:
     """Stands for PyTorch's function of a cell, and takes what it takes."""
-    original = getattr(torch._VF, f"{kind}_cell")
+    original, gates = getattr(torch._VF, f"{kind}_cell"), KINDS[kind][1]
 
     def run(x: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> Any:
         if _recorded() or x.numel() == 0:
             return original(x, hx, w_ih, w_hh, b_ih, b_hh)
         states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
-        (B, I), H = x.shape, w_hh.shape[1]
-        if w_ih.shape[1] != I:
-            raise RuntimeError(f"input: expected shape (B, {w_ih.shape[1]}), got {tuple(x.shape)}")
-        for state in states:
-            if state.shape != (B, H):
-                raise RuntimeError(f"hx: expected shape {(B, H)}, got {tuple(state.shape)}")
         weights = (w_ih, w_hh) if b_ih is None or b_hh is None else (w_ih, w_hh, b_ih, b_hh)
-        plain = _plain(x, *states, *weights)
+        (B, I), (rows, H) = x.shape, w_hh.shape
+        shapes = (B, I), *((B, H),) * len(states), (rows, I), (rows, H), (rows,), (rows,)
+        plain = rows == gates * H and _plain((x, *states, *weights), shapes)
         if plain and B <= direct.FEW_ROWS:
             after = _step_directly(kind, len(weights) == 4, B, I, H, x, states, weights)
         else:
+            if w_ih.shape[1] != I:
+                raise RuntimeError(f"input: expected shape (B, {w_ih.shape[1]}), got {tuple(x.shape)}")
+            for state in states:
+                if state.shape != (B, H):
+                    raise RuntimeError(f"hx: expected shape {(B, H)}, got {tuple(state.shape)}")
             layer = _layer_of(kind, weights, 1, len(weights) == 4, False)
             if plain and B * I * H < batching.WORTH_A_THREAD // 4:
                 after = _step(layer, x, states)
@@ -277,13 +278,13 @@ def _cell_function(kind: str) -> Callable[..., Any]:
     return run
 
 
-def _plain(*tensors: Tensor) -> bool:
-    """Whether no graph is asked for, and all is of one dtype on the CPU and contiguous."""
+def _plain(tensors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> bool:
+    """Whether no graph is asked for, and all is of one dtype on the CPU, contiguous and of these shapes."""
     if torch.is_grad_enabled():
         return False
     dtype = tensors[0].dtype
-    for tensor in tensors:
-        if tensor.dtype is not dtype or not tensor.is_cpu or not tensor.is_contiguous():
+    for tensor, shape in zip(tensors, shapes):
+        if tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_contiguous() or not tensor.is_cpu:
             return False
     return dtype in DTYPES
 
@@ -293,8 +294,6 @@ def _step_directly(
 ) -> list[Tensor]:
     """The state after one step of a few rows, with weights as they lie."""
     step, record, slots = _direct_step(kind, H)
-    rows = KINDS[kind][1] * H
-    _check_shapes(weights, [(rows, I), (rows, H), (rows,), (rows,)])
     after = [torch.empty_like(state) for state in states]
     places = [tensor.data_ptr() for tensor in weights]
     h, h_n = states[0].data_ptr(), after[0].data_ptr()
@@ -304,7 +303,7 @@ def _step_directly(
     def call(me: int, parties: int, barrier: Array) -> None:
         step(record, np.empty(slots * B, DTYPES[x.dtype]), *arguments, me, parties, barrier)
 
-    work = max(B, 4) * rows * (I + H)  # to read a weight takes as long as some multiply-adds with it
+    work = max(B, 4) * KINDS[kind][1] * H * (I + H)  # to read a weight takes as long as some multiply-adds with it
     if work < batching.WORTH_A_THREAD:
         call(0, 1, batching.ALONE)
     else:
