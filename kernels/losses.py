@@ -8,8 +8,8 @@ from .activations import exp_nonpositive
 from .barrier import meet
 from .compiler import kernel
 from .denormals import flush_denormals, restore_mode
-from .gemm import load, store, zeros
-from .vector import at, at_least, lanes, largest_lane, load_or, sum_of_lanes
+from .gemm import load, store
+from .vector import at, at_least, lanes, largest_lane, load_part_or, load_whole, store_part, store_whole, sum_of_lanes
 
 
 @kernel
@@ -22,18 +22,21 @@ def cross_entropy(logits, targets, losses, dlogits, me, parties, barrier):
     """
     mode, (R, V) = flush_denormals(), logits.shape
     L = lanes(at(logits, 0))
+    whole = V - V % L
     for r in range(me * R // parties, (me + 1) * R // parties):
         x, d, target = at(logits, r * V), at(dlogits, r * V), targets[r]
-        maxima = load_or(x, V, -np.inf)
-        for j in range(L, V, L):
-            maxima = at_least(load_or(at(x, j), V - j, -np.inf), maxima)
+        last = load_part_or(at(x, whole), V - whole, -np.inf)
+        maxima = last
+        for j in range(0, whole, L):
+            maxima = at_least(load_whole(at(x, j)), maxima)
         highest = largest_lane(maxima)
 
         # A NaN that the maximum has passed over is here.
-        total = zeros(x)
-        for j in range(0, V, L):
-            e = exp_nonpositive(load_or(at(x, j), V - j, -np.inf) - highest)
-            store(e, at(d, j), V - j)
+        total = exp_nonpositive(last - highest)
+        store_part(total, at(d, whole), V - whole)
+        for j in range(0, whole, L):
+            e = exp_nonpositive(load_whole(at(x, j)) - highest)
+            store_whole(e, at(d, j))
             total = total + e
         power = sum_of_lanes(total)
 

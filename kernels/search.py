@@ -28,8 +28,8 @@ import numpy as np
 from .activations import exp_nonpositive
 from .compiler import kernel, part, specialise
 from .denormals import flush_denormals, restore_mode
-from .gemm import load, store, zeros
-from .vector import at, at_least, lanes, largest_lane, load_or, sum_of_lanes
+from .gemm import load, store
+from .vector import at, at_least, lanes, largest_lane, load_part_or, load_whole, sum_of_lanes
 
 CLOSED, OPEN, NOT_A_NUMBER, NOT_A_LOG_PROBABILITY = range(4)
 # A log-probability may be above 0 by rounding; what is farther above is none.
@@ -87,10 +87,10 @@ Draw = _fields("Draw", "noise top_k top_p min_p weights heap")
 @part
 def _highest(x, V):
     """The maximum of V numbers at an address; a NaN may be passed over."""
-    L = lanes(x)
-    maxima = load_or(x, V, -np.inf)
-    for j in range(L, V, L):
-        maxima = at_least(load_or(at(x, j), V - j, -np.inf), maxima)
+    whole = V - V % lanes(x)
+    maxima = load_part_or(at(x, whole), V - whole, -np.inf)
+    for j in range(0, whole, lanes(x)):
+        maxima = at_least(load_whole(at(x, j)), maxima)
     return largest_lane(maxima)
 
 
@@ -104,9 +104,10 @@ def log_sum_exp(x, V):
             if x[j] != x[j]:
                 total = np.nan
         return total
-    sums = zeros(x)
-    for j in range(0, V, lanes(x)):
-        sums = sums + exp_nonpositive(load_or(at(x, j), V - j, -np.inf) - highest)
+    whole = V - V % lanes(x)
+    sums = exp_nonpositive(load_part_or(at(x, whole), V - whole, -np.inf) - highest)
+    for j in range(0, whole, lanes(x)):
+        sums = sums + exp_nonpositive(load_whole(at(x, j)) - highest)
     return highest + math.log(sum_of_lanes(sums))
 
 

@@ -225,7 +225,7 @@ def transpose(typing, source, source_row, target, target_row):
 
 
 @intrinsic
-def load_or(typing, address, n, other):
+def load_part_or(typing, address, n, other):
     """The first ``n`` numbers of the vector at ``address``; past them the number ``other``, and nothing is read."""
 
     def codegen(context, builder, signature, args):

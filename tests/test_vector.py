@@ -18,8 +18,8 @@ def load_part_store_whole(source, target, n):
 
 
 @numba.njit
-def load_or_store_whole(source, target, n, other):
-    vector.store_whole(vector.load_or(at(source, 0), n, other), at(target, 0))
+def load_part_or_store_whole(source, target, n, other):
+    vector.store_whole(vector.load_part_or(at(source, 0), n, other), at(target, 0))
 
 
 @numba.njit
@@ -72,7 +72,7 @@ def test_part_of_a_vector(dtype):
         load_part_store_whole(source, target, n)
         assert target.tolist() == [*source[:n], *[0] * (L - n)]
         for other in (-np.inf, 0.1):
-            load_or_store_whole(source, target, n, other)
+            load_part_or_store_whole(source, target, n, other)
             assert target.tolist() == [*source[:n], *[dtype.type(other)] * (L - n)]
 
 
