@@ -25,13 +25,13 @@ CPUS = {
 # Stores of vectors to the stack and loads from it in all of a kernel, as Numba 0.68 compiles it: no more than these.
 SPILLS = {
     "skylake-avx512": {
-        "lstm.forward float32": (0, 0), "lstm.backward float32": (23, 54), "lstm.step float32": (5, 32),
+        "lstm.forward float32": (0, 0), "lstm.backward float32": (23, 54), "lstm.step_of_arrays float32": (5, 32),
         "gru.forward float32": (0, 0), "gru.backward float32": (9, 10), "rnn.forward float32": (0, 0),
         "lstm.forward float64": (0, 0), "_multiply_any float32": (14, 36), "_multiply_any float64": (10, 10),
         "_multiply_three float32": (2, 4), "_multiply_three float64": (0, 0),
     },
     "haswell": {
-        "lstm.forward float32": (21, 28), "lstm.backward float32": (13, 18), "lstm.step float32": (28, 68),
+        "lstm.forward float32": (21, 28), "lstm.backward float32": (13, 18), "lstm.step_of_arrays float32": (28, 68),
         "gru.forward float32": (6, 6), "gru.backward float32": (8, 9), "rnn.forward float32": (2, 2),
         "lstm.forward float64": (26, 45), "_multiply_any float32": (13, 47), "_multiply_any float64": (30, 59),
         "_multiply_three float32": (4, 9), "_multiply_three float64": (3, 6),
@@ -46,11 +46,11 @@ SPILLS_OF_LARGEST_TILE = {
 # Each kernel's specialisations in all the cases of `every_case`: for each dtype one and, of the loops over a sequence,
 # one with masks. A shape, a length or an option that is a number makes none.
 SPECIALISATIONS = {
-    "rnn.forward": 4, "rnn.backward": 4, "rnn.step": 2,
-    "lstm.forward": 4, "lstm.backward": 4, "lstm.step": 2,
-    "lstm.forward_with_options": 2, "lstm.backward_with_options": 2, "lstm.step_with_options": 2,
-    "gru.forward": 4, "gru.backward": 4, "gru.step": 2,
-    "gru.forward_reset_before": 2, "gru.backward_reset_before": 2, "gru.step_reset_before": 2,
+    "rnn.forward": 4, "rnn.backward": 4, "rnn.step_of_arrays": 2,
+    "lstm.forward": 4, "lstm.backward": 4, "lstm.step_of_arrays": 2,
+    "lstm.forward_with_options": 2, "lstm.backward_with_options": 2, "lstm.step_of_arrays_with_options": 2,
+    "gru.forward": 4, "gru.backward": 4, "gru.step_of_arrays": 2,
+    "gru.forward_reset_before": 2, "gru.backward_reset_before": 2, "gru.step_of_arrays_reset_before": 2,
     "cell.pack_weight": 2, "cell.pack_weight_transposed": 2, "linear.forward": 2, "linear.backward": 2,
 }  # fmt: skip
 LIBM = re.compile(
@@ -62,7 +62,7 @@ ALLOCATOR = re.compile(r"(?<!\w)(NRT_\w*(?:[Aa]lloc|MemInfo_new)\w*|malloc|callo
 def functions_of(kernels):
     """Dispatchers that Python calls, as ``(module, name)``: those whose calls are recorded, and none is run."""
     for name in ("rnn", "lstm", "gru"):
-        for stem in ("forward", "backward", "step"):
+        for stem in ("forward", "backward", "step_of_arrays"):
             for end in ("", "_with_options", "_reset_before"):
                 if hasattr(getattr(kernels, name), stem + end):
                     yield getattr(kernels, name), stem + end
@@ -169,18 +169,18 @@ def report(wanted):
             "gru.{}_reset_before",
         ),
     ):
-        for name in vars(namespace):
+        for name in ("forward", "backward", "step_of_arrays"):
             setattr(namespace, name, recorders[end.format(name)])
     np.seterr(all="ignore")  # the arrays are never written
     addresses = gemm.multiply_addresses
     for module in (fastrnn.recurrent, fastrnn.heads):
-        module.multiply_addresses = lambda *arguments: (0, 0)
+        module.multiply_addresses = lambda *arguments: np.zeros(2, np.int64)
     every_case(fastrnn, np)
     found["specialisations"] = {name: len(recorder.signatures) for name, recorder in recorders.items()}
     for each in wanted:
         name, dtype = each.split()
         dispatcher, signatures = recorders[name].dispatcher, recorders[name].signatures
-        signature = next(s for s in signatures if dtype in str(s[1]))
+        signature = next(s for s in signatures if dtype in str(s[2]))
         dispatcher.compile(signature)
         compiled = dispatcher.overloads[signature]
         found[each] = measured(body_of(compiled.library.get_asm_str(), compiled.fndesc.mangled_name))

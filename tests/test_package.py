@@ -41,7 +41,7 @@ import fastrnn
 from fastrnn.kernels import cell, gru, lstm, rnn
 total, dispatchers = 0.0, [cell.pack_weight, cell.pack_weight_transposed]
 for Layer, kernels in (fastrnn.RNN, rnn), (fastrnn.LSTM, lstm), (fastrnn.GRU, gru):
-    layer, dispatchers = Layer(3, 4, seed=0), [*dispatchers, kernels.forward, kernels.backward, kernels.step]
+    layer, dispatchers = Layer(3, 4, seed=0), [*dispatchers, kernels.forward, kernels.backward, kernels.step_of_arrays]
     x = np.ones((5, 2, 3), np.float32)
     (y, state), pullback = layer.vjp(x)
     total += float(y.sum() + sum(g.sum() for g in pullback(y)[2].values()) + layer.stream(2).step(x[0]).sum())
