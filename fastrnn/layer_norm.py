@@ -1,7 +1,7 @@
-"""Layer normalisation of the LSTM and the GRU: what `Recurrent` does for them in a way of its own.
+"""Layer normalisation of the LSTM and the GRU: what is done for them in a way of its own.
 
-All functions take the layer, which has ``layer_norm``; those that stand in for a method of `Recurrent` or a function of
-`packing` have its name.
+All functions take the layer, which has ``layer_norm``; those that stand in for one of `passes` or `packing` have its
+name.
 """
 
 from collections.abc import Iterator
@@ -92,7 +92,7 @@ def run_direction(
     packs: tuple[kernels.Weights, kernels.Weights],
     tape: dict[tuple[int, int], Any] | None,
 ) -> Any:
-    """As the method, over at least one row."""
+    """As the function, over at least one row."""
     cell, dtype, (N, I), B, W = layer.cell, layer.dtype, x.shape, sequences.B, VECS * LANES_OF[layer.dtype]
     H, P, M, functions = cell.H, cell.P, cell.gates * cell.H, LSTM if layer.STATES == 2 else GRU
     steps, multiply, chunks = sequences.steps, multiply_addresses(dtype), sequences.chunks(ROWS_FORWARD)

@@ -1,17 +1,16 @@
-"""What recurrent layers share: stacking, directions, dropout, lengths, calls and vector-Jacobian products.
+"""What recurrent layers share: parameters, calls, lengths, vector-Jacobian products. `passes` runs them.
 
 `Recurrent` is the layers' base; a layer says what its cell is and which kernels run it. A direction of a layer of the
-stack has the key (layer, 0 or 1), and runs over rows as the kernels read them.
+stack has the key (layer, 0 or 1).
 """
 
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import batching, layer_norm, packing
+from . import batching, layer_norm, packing, passes
 from .batching import Sequences, full_sequences
 from .checks import (
     as_array,
@@ -28,27 +27,15 @@ from .checks import (
 from .kernels import cell as cells
 from .kernels import recurrent as steps
 from .kernels.gemm import multiply_addresses
-from .kernels.tile import ROW_PANELS, VECS
 from .kernels.vector import LANES_OF
-from .masks import Masks, draw_masks, kernel_masks, no_masks
-from .packing import Gradients, Key, Packs, Sums
+from .masks import Masks, draw_masks
+from .packing import Gradients, Key, Sums
 from .parameters import Array, Module, Parameters
 
 if TYPE_CHECKING:
     from .streaming import Stream
 
 Pullback = Callable[..., tuple[Array, Any, Gradients]]
-# What each direction's backward pass reads of its forward pass.
-Tape = dict[Key, Any]
-
-# Rows whose input projections are computed at once: enough for tall tiles, few enough that the gates are still in a
-# cache when the recurrence adds to them. A W_ih that is not is read anew for every chunk: more rows share a large one.
-ROWS_FORWARD, MOST_ROWS_FORWARD = 192, 640
-BYTES_FOR_A_ROW = 24_000
-# The same for a single sequence: so many steps give time for one row of rider tiles.
-ROWS_FORWARD_ALONE = ROW_PANELS * VECS + 1
-# Rows over which the gates' derivatives are gathered before the weights' gradients take them up.
-ROWS_BACKWARD = 512
 
 
 class Recurrent(Module):
@@ -168,7 +155,7 @@ class Recurrent(Module):
         return layer_norm if self.layer_norm else packing
 
     @property
-    def multiply(self) -> tuple[int, int]:
+    def multiply(self) -> Array:
         """The addresses of what the kernels call, in this process."""
         return multiply_addresses(self.dtype, 3 in (self.cell.x.count, self.cell.h.count))
 
@@ -289,7 +276,7 @@ class Recurrent(Module):
             return self._sequence(y, batched), self._state(after, batched)
         sequences = self._sequences(x, lengths)
         packs = self._packing.packs(self, save=False)
-        y, after, _ = self._run(sequences.rows(x), before, sequences, self._expected_masks(), packs)
+        y, after, _ = passes.run(self, sequences.rows(x), before, sequences, self._expected_masks(), packs)
         return self._sequence(sequences.padded(y), batched), self._state(after, batched)
 
     def vjp(
@@ -327,8 +314,8 @@ class Recurrent(Module):
             x = x.copy()  # it is read again
         masks = draw_masks(self, sequences, rng or self._rng)
         packs = self._packing.packs(self, save=True)
-        tape: Tape = {}
-        rows, after, backward = self._run(sequences.rows(x), before, sequences, masks, packs, tape, checkpoint)
+        tape: passes.Tape = {}
+        rows, after, backward = passes.run(self, sequences.rows(x), before, sequences, masks, packs, tape, checkpoint)
         y = self._sequence(sequences.padded(rows), batched)
         shape = y.shape
 
@@ -348,179 +335,6 @@ class Recurrent(Module):
             )
 
         return (y, self._state(after, batched)), pullback
-
-    def _run(
-        self,
-        x: Array,
-        before: tuple[Array, ...],
-        sequences: Sequences,
-        masks: Masks,
-        packs: Packs,
-        tape: Tape | None = None,
-        checkpoint: int | None = None,
-    ) -> tuple[Array, tuple[Array, ...], Any]:
-        """Run all layers over rows x (N, I). Returns y, the state after it, and if there is a tape the backward pass.
-
-        That takes dy, the gradient by the state after it, the sums of gradients by weights, to which it adds its own,
-        and the tape, as it is now; it returns dx and the gradient by the state before it.
-        """
-        P, D = self.cell.P, self.directions
-        ordered = sequences.lengths is not None
-        before = tuple([sequences.sorted(s) for s in before]) if ordered else before
-        after = tuple([np.empty_like(s) for s in before])
-        run = self._run_direction if checkpoint is None else partial(self._run_stretches, checkpoint)
-        backwards = {}
-        for k in range(self.num_layers):
-            if ("dropout", k) in masks:
-                x = x * masks[("dropout", k)]
-            ys = []
-            for d in range(D):
-                states = [s[k * D + d] for s in before], [s[k * D + d] for s in after]
-                x_d, y = sequences.reversed(x) if d else x, np.empty((sequences.N, P), self.dtype)
-                backwards[k, d] = run((k, d), x_d, y, *states, sequences, masks, packs[k, d], tape)
-                ys.append(sequences.reversed(y) if d else y)
-            x = ys[0] if D == 1 else np.concatenate(ys, 1)
-
-        def backward(dy: Array, d_after: tuple[Array, ...], sums: Sums, tape: Tape) -> tuple[Array, tuple[Array, ...]]:
-            d_after = tuple([sequences.sorted(s) for s in d_after])
-            d_before = tuple([np.empty_like(s) for s in d_after])
-            for k in reversed(range(self.num_layers)):
-                dxs = []
-                for d in range(D):
-                    states = [s[k * D + d] for s in d_after], [s[k * D + d] for s in d_before]
-                    dy_d = dy if D == 1 else np.ascontiguousarray(dy[:, d * P : (d + 1) * P])
-                    dx = backwards[k, d](sequences.reversed(dy_d) if d else dy_d, *states, sums, tape)
-                    dxs.append(sequences.reversed(dx) if d else dx)
-                dy = dxs[0] if D == 1 else dxs[0] + dxs[1]
-                if ("dropout", k) in masks:
-                    dy = dy * masks[("dropout", k)]
-            return dy, tuple([sequences.unsorted(s) for s in d_before])
-
-        return x, tuple([sequences.unsorted(s) for s in after]) if ordered else after, backward
-
-    def _run_direction(
-        self,
-        key: Key,
-        x: Array,
-        y: Array,
-        before: list[Array],
-        after: list[Array],
-        sequences: Sequences,
-        masks: Masks,
-        packs: tuple[Any, Any],
-        tape: Tape | None,
-    ) -> Any:
-        """Run one direction of a layer. Writes ``y, after``. Returns the backward pass, if there is a tape.
-
-        States are in the rows' order of sequences.
-        """
-        cell, dtype, functions, (N, I), B = self.cell, self.dtype, self.kernels, x.shape, sequences.B
-        if N == 0:
-            for state, s_0 in zip(after, before):
-                state[...] = s_0
-            return partial(self._backward_of_nothing, key, I, sequences)
-        if self.layer_norm:
-            return layer_norm.run_direction(self, key, x, y, before, after, sequences, masks, packs, tape)
-        size = cell.gates * cell.H * I * dtype.itemsize
-        rows = max(ROWS_FORWARD, min(size // BYTES_FOR_A_ROW, MOST_ROWS_FORWARD)) if B > 1 else ROWS_FORWARD_ALONE
-        steps, chunks = sequences.steps, sequences.chunks(rows)
-        work, save = N * cell.gates * cell.H * (I + cell.P), tape is not None
-        parties = batching.parties_for(work, B, cell.H, dtype)
-        most = sequences.largest(chunks)
-        size = packing.buffer_size(cell, N, B, I, most, LANES_OF[dtype], save, parties)
-        buffer, multiply = batching.empty(size, dtype), self.multiply
-        mask_arrays = kernel_masks(masks, key, dtype)
-        if mask_arrays is None and cell.P != cell.H:
-            mask_arrays = no_masks(dtype)
-        h_0, s_0, s_n = before[0], before[-1], after[-1]
-
-        def call(me: int, parties: int, barrier: Array) -> None:
-            functions.forward(
-                self.record, x, h_0, s_0, packs[0], y, s_n, buffer, steps, chunks, most, mask_arrays, save,
-                sequences.share(me, parties, cell.H, dtype), barrier, multiply,
-            )  # fmt: skip
-
-        batching.together(parties, call)
-        after[0][...] = sequences.last(y, h_0)
-        if tape is None:
-            return None
-        tape[key] = buffer
-
-        def backward(dy: Array, d_after: list[Array], d_before: list[Array], sums: Sums, tape: Tape) -> Array:
-            backs = sequences.chunks(ROWS_BACKWARD)
-            parties = batching.parties_for(2 * work, B, cell.H, dtype)
-            # Two buffers, so that one is filled while another thread still reads the other.
-            buffers, L = min(parties, 2), LANES_OF[dtype]
-            most = sequences.largest(backs)
-            space, fresh = batching.empty(packing.work_size(cell, B, most, buffers, L), dtype), key not in sums
-            out = self._packing.gradients(self, sums, key, N, I, d_before)
-            dh_n, ds_n = d_after[0], d_after[-1] if self.STATES == 2 else out.s_0
-
-            def call(me: int, parties: int, barrier: Array) -> None:
-                functions.backward(
-                    self.record, dy, dh_n, ds_n, packs[1], tape[key], out, space, buffers, steps, chunks, backs, most,
-                    mask_arrays, fresh, sequences.share(me, parties, cell.H, dtype), barrier, multiply,
-                )  # fmt: skip
-
-            batching.together(parties, call)
-            return out.x
-
-        return backward
-
-    def _run_stretches(
-        self,
-        checkpoint: int,
-        key: Key,
-        x: Array,
-        y: Array,
-        before: list[Array],
-        after: list[Array],
-        sequences: Sequences,
-        masks: Masks,
-        packs: tuple[Any, Any],
-        tape: Tape | None,
-    ) -> Any:
-        """As `_run_direction`, of so many steps at a time, which are run again when the backward pass comes to them."""
-        state, stretches = before, []
-        for part, first, last in sequences.stretches(checkpoint):
-            part_masks = {
-                name: m[first:last] if len(m) == sequences.N and name[0] != "recurrent" else m
-                for name, m in masks.items()
-            }
-            stretches.append((first, last, state, part, part_masks))
-            state = [np.empty_like(s) for s in state]
-            self._run_direction(
-                key, x[first:last], y[first:last], stretches[-1][2], state, part, part_masks, packs, None
-            )
-        for s_n, s in zip(after, state):
-            s_n[...] = s
-
-        def backward(dy: Array, d_after: list[Array], d_before: list[Array], sums: Sums, _: Tape) -> Array:
-            dx, d_state = np.empty_like(x), d_after
-            for first, last, state, part, part_masks in reversed(stretches):
-                tape: Tape = {}
-                y_again, after_again = np.empty_like(y[first:last]), [np.empty_like(s) for s in state]
-                again = self._run_direction(
-                    key, x[first:last], y_again, state, after_again, part, part_masks, packs, tape
-                )
-                d_next, d_state = d_state, [np.empty_like(s) for s in d_state]
-                dx[first:last] = again(np.ascontiguousarray(dy[first:last]), d_next, d_state, sums, tape)
-            for d_0, d in zip(d_before, d_state):
-                d_0[...] = d
-            return dx
-
-        return backward
-
-    def _backward_of_nothing(
-        self, key: Key, I: int, sequences: Sequences, dy: Array, d_after: Any, d_before: Any, sums: Sums, _: Tape
-    ) -> Array:
-        """The backward pass over no rows."""
-        for d_state, d in zip(d_before, d_after):
-            d_state[...] = d
-        if key not in sums:
-            for array in self._packing.gradients(self, sums, key, 0, I, d_before)[3:]:
-                array[...] = 0
-        return np.empty((0, I), self.dtype)
 
     def _step(self, x: Array, state: tuple[Array, ...]) -> Array:
         """One step of all layers, of one direction, on the calling thread. x (B, I). Changes the state; y (1, B, P)."""

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # The checkout is what is tested, even where a copy is installed.
 sys.path.insert(0, str(ROOT))
 
-from fastrnn import batching, recurrent  # noqa: E402
+from fastrnn import batching, passes  # noqa: E402
 
 # The same examples in every run; compiling takes seconds, so no deadline.
 settings.register_profile("fastrnn", deadline=None, derandomize=True, max_examples=25)
@@ -42,7 +42,7 @@ def threads():
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Small shapes have several chunks, as large ones do."""
-    monkeypatch.setattr(recurrent, "ROWS_FORWARD", 48)
+    monkeypatch.setattr(passes, "ROWS_FORWARD", 48)
 
 
 @pytest.fixture

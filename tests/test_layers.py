@@ -27,7 +27,7 @@ from oracle import (
 )
 
 import fastrnn
-from fastrnn import batching, layer_norm, layers, recurrent
+from fastrnn import batching, layer_norm, layers, packing, passes, recurrent
 from fastrnn import masks as random_masks
 
 SIZES = [1, 3, 17, 63, 65]
@@ -326,8 +326,8 @@ def test_chunks_do_not_change_a_bit(case, dtype, monkeypatch):
     for lengths in (None, lengths_for(T, B)):
         results = []
         for forward, backward in (1, 1), (48, 30), (192, 512):
-            monkeypatch.setattr(recurrent, "ROWS_FORWARD", forward)
-            monkeypatch.setattr(recurrent, "ROWS_BACKWARD", backward)
+            monkeypatch.setattr(passes, "ROWS_FORWARD", forward)
+            monkeypatch.setattr(passes, "ROWS_BACKWARD", backward)
             results.append(everything(layer, *inputs(layer, T, B), lengths=lengths))
         for other in results[1:]:
             assert_all_same_bits(other, results[0])
@@ -392,7 +392,7 @@ def test_uninitialised_memory_is_never_read(case, sizes, threads, dtype, monkeyp
     layer = make(case, I, H, dtype, num_layers=2, bidirectional=True)
     options = [{}, {"lengths": lengths_for(T, B)}, {"checkpoint": 2}]
     wanted = [everything(layer, *inputs(layer, T, B), **o) for o in options]
-    for module in (batching, layer_norm, random_masks, recurrent):
+    for module in (batching, layer_norm, packing, passes, random_masks, recurrent):
         monkeypatch.setattr(module, "np", PoisonedNumpy())
     assert np.isnan(batching.empty(3, dtype)).all()
     layer.load_state_dict(layer.state_dict())  # the packed weights, too, are made anew

@@ -38,14 +38,15 @@ except ImportError as error:
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .. import batching, layers, packing
+from .. import batching, layers, packing, passes
 from ..batching import Sequences, full_sequences
 from ..kernels import contents, direct
 from ..kernels.vector import LANES_OF
 from ..masks import Masks
 from ..packing import Gradients, step_size
 from ..parameters import Array, Parameters
-from ..recurrent import Recurrent, Tape
+from ..passes import Tape
+from ..recurrent import Recurrent
 from . import torch_threads
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "Replacement", "replace", "restore"]
@@ -198,7 +199,7 @@ def _run(
     else:
         with _torchs_threads():
             packs = packing.packs(layer, tape is not None)
-            y, after, backward = layer._run(rows, tuple(before), sequences, masks, packs, tape)
+            y, after, backward = passes.run(layer, rows, tuple(before), sequences, masks, packs, tape)
     return (torch.from_numpy(y), *map(torch.from_numpy, after)), backward
 
 
