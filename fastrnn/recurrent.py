@@ -100,7 +100,7 @@ class Recurrent(Module):
         bound = self.hidden_size**-0.5
         # Each direction's parameters: their names by kind.
         self.names: dict[Key, dict[str, str]] = {}
-        arrays = {}
+        arrays: dict[str, Array] = {}
         for k, d in self._keys():
             shapes = dict(self._kinds(self._inputs_of(k)))
             self.names[k, d] = {kind: self._name(kind, k, d) for kind in shapes}

@@ -369,9 +369,13 @@ def test_states_sorted_and_unsorted(batch):
     sequences, (_, order, _), state = Sequences(*batch), rows_of(*batch), numbered(1, batch[1])[0]
     got = sequences.sorted(state)
     assert got.tolist() == [state[b].tolist() for b in order]
-    out = np.zeros_like(state)
-    sequences.unsorted(got, out)
-    assert out.tolist() == state.tolist()
+    assert sequences.unsorted(got).tolist() == state.tolist()
+    # Of several layers at once.
+    both = np.stack([state, 2 * state])
+    got = sequences.sorted(both)
+    assert got.flags.c_contiguous
+    assert got.tolist() == both[:, order].tolist()
+    assert sequences.unsorted(got).tolist() == both.tolist()
 
 
 @given(batches())
@@ -419,7 +423,7 @@ def test_stretches(batch, count):
             wanted[:n, i] = x[first_step : first_step + n, b]
         assert part.padded(rows[first:last]).tolist() == wanted.tolist()
         # Sorting does not change what is sorted already.
-        assert part.sorted(np.arange(B)).tolist() == list(range(B))
+        assert part.sorted(np.arange(B)[:, None]).ravel().tolist() == list(range(B))
         at, first_step = last, first_step + part.T
     assert at == sequences.N
     assert first_step == max(ends)

@@ -28,7 +28,7 @@ class Gemm(Timed):
         rng = np.random.default_rng(0)
         sizes = self.W, self.M * self.K, self.K * self.W, self.M * self.W
         self.arrays = bias, left, packed, out = [rng.standard_normal(size, dtype) for size in sizes]
-        address = gemm.multiply_addresses(self.dtype)[0]
+        address = int(gemm.multiply_addresses(self.dtype)[0])
         n, p = ctypes.c_int64, ctypes.c_void_p
         kinds = (n,) * 5 + (p, n, n, p, n, n, p, n, n, n, n, p, n, n, n)
         self.function = ctypes.CFUNCTYPE(None, *kinds)(address)
