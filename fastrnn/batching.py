@@ -29,6 +29,9 @@ WORTH_A_THREAD = 4_000_000
 # Rows of the batch with which a share makes full tiles, and nobody has to meet anybody each step.
 ROWS_OF_A_SHARE = 24
 
+# Of how many steps sequences are no longer kept for the next call, which would be a lot of memory for little.
+MANY_STEPS = 4096
+
 # The barrier of a call that meets nobody, and writes nothing to it.
 ALONE = np.zeros(2, np.int64)
 
@@ -318,10 +321,12 @@ class Sequences:
         return (b0, b1, *rest)  # type: ignore[return-value]
 
 
-@lru_cache(1024)
 def full_sequences(T: int, B: int) -> Sequences:
     """B sequences of T steps."""
-    return Sequences(T, B)
+    return _full_sequences(T, B) if T < MANY_STEPS else Sequences(T, B)
+
+
+_full_sequences = lru_cache(1024)(Sequences)
 
 
 @lru_cache(1024)

@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (OSError, ValueError, FloatingPointError, KeyError) as error:
-        text = error.args[0] if isinstance(error, KeyError) else error
+    except (OSError, ValueError, FloatingPointError, OverflowError, MemoryError, KeyError) as error:
+        text = error.args[0] if isinstance(error, KeyError) else str(error) or type(error).__name__
         print(f"fastrnn: error: {text}".replace("\n", " "), file=sys.stderr)
         return 2
 

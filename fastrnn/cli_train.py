@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from . import batching
+from .checks import number, positive
 from .cli_generate import write
 from .models import LanguageModel, Vocabulary, read_config
 from .optim import Adam
@@ -110,9 +111,7 @@ def on_task(args: argparse.Namespace) -> int:
     settings = _settings(args, TASK_DEFAULTS, Seq2Seq, out if resume else None)
 
     task = TASKS[args.task]
-    training, held_out = task.pairs(settings["examples"], HELD_OUT_PAIRS, settings["seed"])
-    if not training:
-        raise ValueError("--examples: expected at least 1, got 0")
+    training, held_out = task.pairs(positive(settings["examples"], "--examples"), HELD_OUT_PAIRS, settings["seed"])
     model = Seq2Seq(
         len(task.source_vocabulary),
         len(task.target_vocabulary),
@@ -158,6 +157,7 @@ def _refuse(args: argparse.Namespace, names: tuple[str, ...], expected: str) -> 
 
 def _output(args: argparse.Namespace) -> tuple[Path, bool]:
     """The model's file, and whether training continues from it."""
+    number(args.every, "--every", 0)
     out = Path(args.out)
     if not out.parent.is_dir() or not os.access(out.parent, os.W_OK) or out.is_dir():
         raise ValueError(f"--out: expected a file in a folder that can be written to, got {args.out!r}")
@@ -229,7 +229,7 @@ def _settings(
         return {**defaults, **given}
     metadata = read_file(checkpoint)[1]
     theirs, _ = read_settings(metadata, checkpoint)
-    config = read_config(metadata)
+    config = read_config(metadata, checkpoint)
     check_settings(config, {"class": kind.__name__}, checkpoint)
     names = {"hidden": "hidden_size", "layers": "num_layers", "embed": "embedding_dim"}
     names |= {name: name for name in ("cell", "dropout", "attention", "bidirectional")}

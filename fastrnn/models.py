@@ -341,14 +341,17 @@ def load(path: str | os.PathLike[str]) -> LanguageModel:
 def from_metadata(metadata: dict[str, str], path: Any) -> LanguageModel:
     """A language model made as the one whose file has this metadata."""
     try:
-        config = read_config(metadata)
+        config = read_config(metadata, path)
         if config.pop("class") != LanguageModel.__name__:
-            raise KeyError
-    except (KeyError, ValueError):
-        raise ValueError(f"path: expected a language model's file, got {path!r}") from None
-    return LanguageModel(**config)
+            raise KeyError("class")
+        return LanguageModel(**config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"path: expected a language model's file, got {os.fspath(path)!r}") from error
 
 
-def read_config(metadata: dict[str, str]) -> dict[str, Any]:
+def read_config(metadata: dict[str, str], path: Any) -> dict[str, Any]:
     """A model's class and arguments in its file's metadata. A file that names no cell is of LSTM layers."""
-    return {"cell": "lstm", **json.loads(metadata["fastrnn"])}
+    try:
+        return {"cell": "lstm", **json.loads(metadata["fastrnn"])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"path: expected a model's file, got {os.fspath(path)!r}") from error

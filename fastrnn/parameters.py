@@ -5,6 +5,7 @@ inside ``with module.parameters.writable() as arrays:``; each moves `Parameters.
 packed copy, is made anew. Writing to it from outside raises, where it would otherwise be silently ignored.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
@@ -37,13 +38,18 @@ class Parameters(MutableMapping[str, Array]):
     """Named arrays with a version. Read-only from outside; see the module's text for how they change."""
 
     def __init__(self, arrays: Mapping[str, Array]):
+        self._versions = itertools.count(1)
         self.version = 0
-        self.writing = False
-        self._arrays: dict[str, Array] = {}
+        # One for each ``writable`` block that is open, of whatever thread.
+        self._writers: list[None] = []
+        self._memory = {name: np.array(array, order="C") for name, array in arrays.items()}
+        self._arrays = {name: read_only(array) for name, array in self._memory.items()}
         self._derived: dict[Any, tuple[int, Any]] = {}
-        for name, array in arrays.items():
-            self._arrays[name] = np.array(array, order="C")
-            self._arrays[name].flags.writeable = False
+
+    @property
+    def writing(self) -> bool:
+        """Whether a ``writable`` block is open."""
+        return bool(self._writers)
 
     def __getitem__(self, name: str) -> Array:
         return self._arrays[name]
@@ -57,10 +63,12 @@ class Parameters(MutableMapping[str, Array]):
             raise ValueError(f"{name}: expected shape {mine.shape}, got {array.shape}")
         if array.dtype not in DTYPES:
             raise TypeError(f"{name}: expected dtype {mine.dtype}, got {array.dtype}")
-        new = np.array(array, mine.dtype, order="C")
-        new.flags.writeable = False
-        self._arrays[name] = new
-        self.version += 1
+        if self.writing:  # to the memory that is there
+            self._memory[name][...] = array
+        else:
+            self._memory[name] = np.array(array, mine.dtype, order="C")
+            self._arrays[name] = read_only(self._memory[name])
+        self.version = next(self._versions)
 
     def __delitem__(self, name: str) -> None:
         raise TypeError(f"{name}: a parameter cannot be deleted")
@@ -85,16 +93,15 @@ class Parameters(MutableMapping[str, Array]):
         >>> lstm.bias_hh_l0[2:4]
         array([1., 1.], dtype=float32)
         """
-        for array in self._arrays.values():
-            array.flags.writeable = True
-        self.writing = True
+        arrays = {name: array.view() for name, array in self._memory.items()}
+        self._writers.append(None)
         try:
-            yield dict(self._arrays)
+            yield arrays
         finally:
-            for array in self._arrays.values():
+            for array in arrays.values():
                 array.flags.writeable = False
-            self.writing = False
-            self.version += 1
+            self._writers.pop()
+            self.version = next(self._versions)
 
     def derived(self, key: Any, make: Callable[[], T]) -> T:
         """What ``make()`` derives from the parameters, made again only when they have changed."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from . import batching, layer_norm, packing
 from .batching import Sequences
+from .checks import as_kernel_array
 from .kernels.tile import ROW_PANELS, VECS
 from .kernels.vector import LANES_OF
 from .masks import Masks, kernel_masks, no_masks
@@ -184,7 +185,11 @@ def run_stretches(
             y_again, after_again = np.empty_like(y[first:last]), [np.empty_like(s) for s in state]
             again = run_direction(layer, key, x[first:last], y_again, state, after_again, part, part_masks, packs, tape)
             d_next, d_state = d_state, [np.empty_like(s) for s in d_state]
-            dx[first:last] = again(np.ascontiguousarray(dy[first:last]), d_next, d_state, sums, tape)
+            dx[first:last] = again(
+                as_kernel_array(dy[first:last], "dy", dy.dtype, (None, None)), d_next, d_state, sums, tape
+            )
+        if not stretches:
+            return _backward_of_nothing(layer, key, x.shape[1], sequences, dy, d_after, d_before, sums, {})
         for d_0, d in zip(d_before, d_state):
             d_0[...] = d
         return dx

@@ -6,6 +6,7 @@ stack has the key (layer, 0 or 1).
 
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -78,8 +79,6 @@ class Recurrent(Module):
         self.bidirectional = flag(bidirectional, "bidirectional")
         self.recurrent_dropout = probability(recurrent_dropout, "recurrent_dropout")
         self.zoneout = self._zoneout(zoneout)
-        # Whether the kernels' ``step`` runs the layer.
-        self.steps_in_place = not (self.bidirectional or any(self.zoneout) or self.layer_norm)
         self.dtype = float_dtype(dtype)
         if self.dropout and self.num_layers == 1:
             warnings.warn("dropout acts between layers: with num_layers=1 it does nothing", stacklevel=3)
@@ -98,13 +97,10 @@ class Recurrent(Module):
         }
         self._rng = np.random.default_rng(as_seed(seed))
         bound = self.hidden_size**-0.5
-        # Each direction's parameters: their names by kind.
-        self.names: dict[Key, dict[str, str]] = {}
-        arrays: dict[str, Array] = {}
-        for k, d in self._keys():
-            shapes = dict(self._kinds(self._inputs_of(k)))
-            self.names[k, d] = {kind: self._name(kind, k, d) for kind in shapes}
-            arrays |= {self.names[k, d][kind]: self._initial(kind, shape, bound) for kind, shape in shapes.items()}
+        arrays = {}
+        for key, names in self.names.items():
+            for kind, shape in self._kinds(self._inputs_of(key[0])):
+                arrays[names[kind]] = self._initial(kind, shape, bound)
         self.parameters = Parameters(arrays)
 
     def _initial(self, kind: str, shape: tuple[int, ...], bound: float) -> Array:
@@ -143,6 +139,14 @@ class Recurrent(Module):
         if self.layer_norm:
             yield from layer_norm.kinds(self)
 
+    @cached_property
+    def names(self) -> dict[Key, dict[str, str]]:
+        """Those of each direction's parameters, by kind."""
+        return {
+            (k, d): {kind: self._name(kind, k, d) for kind, _ in self._kinds(self._inputs_of(k))}
+            for k, d in self._keys()
+        }
+
     def _inputs_of(self, k: int) -> int:
         return self.input_size if k == 0 else self.directions * self.cell.P
 
@@ -158,6 +162,11 @@ class Recurrent(Module):
     def multiply(self) -> Array:
         """The addresses of what the kernels call, in this process."""
         return multiply_addresses(self.dtype, 3 in (self.cell.x.count, self.cell.h.count))
+
+    @property
+    def steps_in_place(self) -> bool:
+        """Whether the kernels' ``step`` runs the layer."""
+        return not (self.bidirectional or self.layer_norm or any(self.zoneout))
 
     def stream(self, batch_size: int = 1) -> "Stream":
         """The layer as one that is fed one step at a time and remembers its state: a `fastrnn.streaming.Stream`."""
@@ -311,7 +320,7 @@ class Recurrent(Module):
         B, sequences = x.shape[1], self._sequences(x, lengths)
         if checkpoint is not None:
             checkpoint = positive(checkpoint, "checkpoint")
-            x = x.copy()  # it is read again
+            x, before = x.copy(), tuple([s.copy() for s in before])  # they are read again
         masks = draw_masks(self, sequences, rng or self._rng)
         packs = self._packing.packs(self, save=True)
         tape: passes.Tape = {}
@@ -344,7 +353,7 @@ class Recurrent(Module):
 
     def _expected_masks(self) -> Masks:
         """What stands for the masks when nothing is drawn: zoneout's probabilities, one row for all."""
-        if self.steps_in_place or not any(self.zoneout):
+        if not any(self.zoneout):
             return {}
         sizes = {"zoneout_h": (self.zoneout[0], self.cell.P), "zoneout_s": (self.zoneout[-1], self.cell.H)}
         return {(name, *key): np.full((1, n), p, self.dtype) for key in self._keys() for name, (p, n) in sizes.items()}

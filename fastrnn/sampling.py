@@ -123,6 +123,7 @@ def sample(
         weights=np.empty(V, steps.dtype),
         heap=np.empty(V, np.int64),
     )
+    _ends_stand(search)
     tokens, lengths = _whole(search, run(steps, search, rng.random))
     return Samples(tokens, lengths, search.log_probs)
 
@@ -187,6 +188,7 @@ def stochastic_beam_search(
         totals=np.empty(K),
         candidates=np.empty(K, np.int64),
     )
+    _ends_stand(search)
     tokens, lengths = _whole(search, run(steps, search, rng.standard_exponential))
     tokens, lengths, log_probs = tokens[:, :-1], lengths[:, :-1], search.log_probs[:, :-1]
     threshold = perturbed[:, -1].copy()
@@ -208,6 +210,12 @@ def stochastic_beam_search(
 def _period(steps: int, numbers: int) -> int:
     """For how many steps to draw noise at once, at so many numbers a step."""
     return max(1, min(steps, NOISE_AT_ONCE // numbers))
+
+
+def _ends_stand(search: Any) -> None:
+    """What has ended stays as it is while searches of other inputs go on: a search that is closed is not advanced."""
+    search.parents[...] = np.arange(search.parents.shape[2])
+    search.tokens[...] = max(search.eos, 0)
 
 
 def _whole(search: Any, steps: int) -> tuple[Array, Array]:

@@ -408,13 +408,14 @@ def load(path: str | os.PathLike[str]) -> "Seq2Seq | LanguageModel":
     try:
         config = dict(json.loads(metadata["fastrnn"]))
         kind = config.pop("class")
-    except (KeyError, TypeError, ValueError):
-        kind = None
-    if kind == models.LanguageModel.__name__:
+        if kind not in (models.LanguageModel.__name__, Seq2Seq.__name__):
+            raise KeyError("class")
+        model = Seq2Seq(**config) if kind == Seq2Seq.__name__ else None
+    except (KeyError, TypeError, ValueError) as error:
+        text = f"path: expected the file of a LanguageModel or a Seq2Seq, got {os.fspath(path)!r}"
+        raise ValueError(text) from error
+    if model is None:
         return models.load(path)
-    if kind != Seq2Seq.__name__:
-        raise ValueError(f"path: expected the file of a LanguageModel or a Seq2Seq, got {os.fspath(path)!r}")
-    model = Seq2Seq(**config)
     model.load_state_dict({n: a for n, a in arrays.items() if not n.startswith(models.CHECKPOINT_PREFIX)})
     return model
 

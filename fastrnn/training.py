@@ -162,7 +162,7 @@ class Training:
         """
         arrays, metadata = read_file(path)
         theirs, progress = read_settings(metadata, path)
-        check_settings(read_config(metadata), {"class": type(self.model).__name__, **self.model.config}, path)
+        check_settings(read_config(metadata, path), {"class": type(self.model).__name__, **self.model.config}, path)
         check_settings(theirs, self.settings, path)
 
         prefix = f"{CHECKPOINT_PREFIX}optimizer."
@@ -300,10 +300,11 @@ class PairTrainer(Training):
 
 def read_settings(metadata: dict[str, str], path: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings and the progress in a checkpoint's metadata."""
-    if "training" not in metadata or "fastrnn" not in metadata:
-        raise ValueError(f"path: expected a checkpoint of a training, got {os.fspath(path)!r}")
-    training = json.loads(metadata["training"])
-    return training["settings"], training["progress"]
+    try:
+        training, _ = json.loads(metadata["training"]), metadata["fastrnn"]
+        return dict(training["settings"]), dict(training["progress"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"path: expected a checkpoint of a training, got {os.fspath(path)!r}") from error
 
 
 def check_settings(theirs: dict[str, Any], mine: dict[str, Any], path: Any) -> None:

@@ -2,13 +2,21 @@
 
 import numpy as np
 
-from .compiler import kernel
+from .compiler import kernel, part
 from .vector import at, pointer
 
 # Sums that run side by side, so that they are vectors of which none waits for another.
 LANES = 256
 # Odd, so that no two words give one product.
 FACTOR = np.uint32(0x9E3779B1)
+TURN = np.uint32(15)
+
+
+@part
+def _mixed(total, word):
+    """Products carry a change upwards only: turned, what changed at the top (a sign, an exponent) is carried, too."""
+    product = np.uint32((total ^ word) * FACTOR)
+    return product << TURN | product >> np.uint32(32 - TURN)
 
 
 @kernel
@@ -16,7 +24,7 @@ def add(places, sums):
     """Add the contents of memory to its sums.
 
     places int64 (n, 2): addresses, and how many words of four bytes to read from each on.
-    sums uint32 (`LANES`): written; each goes to ``FACTOR * sum + word`` for every LANES-th word of a place.
+    sums uint32 (`LANES`): written; every LANES-th word of a place is mixed into each (`_mixed`).
 
     One changed word always changes its sum. Several in one lane leave it as it was once in 2**32 times.
     """
@@ -26,6 +34,6 @@ def add(places, sums):
         whole = n // LANES * LANES
         for first in range(0, whole, LANES):
             for j in range(LANES):
-                lanes[j] = lanes[j] * FACTOR + words[first + j]
+                lanes[j] = _mixed(lanes[j], words[first + j])
         for j in range(n - whole):
-            lanes[j] = lanes[j] * FACTOR + words[whole + j]
+            lanes[j] = _mixed(lanes[j], words[whole + j])

@@ -168,7 +168,9 @@ def multiply_addresses(dtype, three=False):
     panels = (number, n, n)
     signature = types.void(n, n, n, n, n, *panels, *panels, number, n, n, n, n, *panels, n)
     addresses = address_of(_multiply_any, signature), address_of(_multiply_three, signature) if three else 0
-    return np.array(addresses)
+    addresses = np.array(addresses)
+    addresses.flags.writeable = False
+    return addresses
 
 
 @kernel

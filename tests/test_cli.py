@@ -357,6 +357,8 @@ ERRORS = {
     "no model": (["generate", "{tmp}/none"], "path: expected a safetensors file, found none"),
     "text for a model": (["generate", "{text}"], "path: expected a whole safetensors file"),
     "unknown character": (["generate", "{model}", "--prompt", "1€"], "vocabulary, got '€' at position 1"),
+    "more than fits in memory": (["generate", "{model}", "--length", 3, "--beam", 10**12], "allocate"),
+    "larger than any array": (["train", "{text}", "--hidden", 10**23], "hidden|large|dimension"),
     "no prompt": (["generate", "{model}", "--prompt", ""], "--prompt: expected at least one character"),
     "length": (["generate", "{model}", "--length", -1], "length: expected at least 0, got -1"),
     "temperature": (["generate", "{model}", "--temperature", -1], "temperature: expected a number from 0"),

@@ -876,3 +876,38 @@ def test_diverged_parameters_are_reported():
     ):
         with pytest.raises(FloatingPointError, match="NaN"):
             call()
+
+
+def test_sequences_of_an_input_that_ends_before_another_are_its_own():
+    """Re-scored, they have the log-probabilities that stand beside them."""
+    with np.errstate(divide="ignore"):
+        p = np.log([[0, 0.5, 0.5, 0], [1.0, 0, 0, 0], [1.0, 0, 0, 0], [0.1, 0, 0, 0.9]])
+    step = lambda tokens, state: (p[tokens], state)  # noqa: E731
+    rng = np.random.default_rng(1)
+    drawn = fastrnn.sample(step, bos=[0, 3], eos=0, max_length=6, num_samples=8, rng=rng)
+    without = fastrnn.stochastic_beam_search(step, bos=[0, 3], eos=0, max_length=6, beam_size=2, rng=rng)
+    for found in (drawn, without):
+        for n, bos in enumerate((0, 3)):
+            for tokens, length, log_prob in zip(found.tokens[n], found.lengths[n], found.log_probs[n]):
+                path = [bos, *tokens[:length]]
+                assert log_prob == pytest.approx(sum(p[a, b] for a, b in itertools.pairwise(path)), abs=1e-12)
+                assert not tokens[length:].any()
+    assert {tuple(tokens) for tokens in drawn.tokens[0, :, :2].tolist()} == {(1, 0), (2, 0)}
+    assert {tuple(tokens) for tokens in without.tokens[0, :, :2].tolist()} == {(1, 0), (2, 0)}
+
+
+@pytest.mark.parametrize("name", ["sample", "stochastic_beam_search"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_models_sequences_of_several_inputs_are_scored_as_they_are_drawn(name, threads, small_shares):
+    model = fastrnn.LanguageModel(5, 6, 7, seed=3)
+    model.output.weight = model.output.weight * 8
+    batching.set_num_threads(threads)
+    size = {"num_samples": 6} if name == "sample" else {"beam_size": 6}
+    found = getattr(model, name)(bos=[0, 1, 2, 4], eos=3, max_length=30, **size, rng=np.random.default_rng(0))
+    assert len(set(found.lengths.max(1).tolist())) > 1
+    for n, bos in enumerate((0, 1, 2, 4)):
+        for tokens, length, log_prob in zip(found.tokens[n], found.lengths[n], found.log_probs[n]):
+            path = np.array([bos, *tokens[:length]])
+            logits = model(path[:-1, None])[0][:, 0].astype(np.float64)
+            scores = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+            assert log_prob == pytest.approx(scores[np.arange(length), path[1:]].sum(), abs=1e-3)

@@ -68,6 +68,15 @@ def test_any_changed_bit_is_seen(n, place, bit):
     assert sums_of(*arrays) != before
 
 
+@pytest.mark.parametrize("shape", [(4, 4), (32, 32), (512, 64), (300, 512), (1024, 256)])
+def test_changes_of_all_signs_and_exponents_are_seen(shape):
+    """They change the highest bits of a word, which products and sums of words carry nowhere."""
+    array = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    changes = [array, -array, array * 2, array * 0.5, array * 0, array * 0 + 1, array * 0 - 1]
+    changes += [np.where(np.arange(array.size).reshape(shape) < n, -array, array) for n in (1, 2, 512)]
+    assert len({sums_of(np.ascontiguousarray(each)) for each in changes}) == len({each.tobytes() for each in changes})
+
+
 def test_numbers_that_change_places_are_seen():
     array = np.arange(600, dtype=np.float32)
     assert sums_of(array) != sums_of(array[::-1].copy())

@@ -15,10 +15,12 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 from torch.nn.utils import rnn as rnn_utils  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import fastrnn  # noqa: E402
 from fastrnn import batching  # noqa: E402
 from fastrnn.interop import torch as interop  # noqa: E402
+from fastrnn.interop import torch_functions  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
@@ -269,8 +271,8 @@ def test_weights_that_are_transposed_in_place():
 def test_what_is_kept_goes_with_the_module():
     _, ours = pair("LSTM", 5, 63)
     ours(torch.ones(3, 2, 5))
-    assert ours.weight_ih_l0 in interop._kept
-    kept = weakref.ref(interop._kept[ours.weight_ih_l0].layer)
+    assert ours.weight_ih_l0 in torch_functions._kept
+    kept = weakref.ref(torch_functions._kept[ours.weight_ih_l0].layer)
     del ours
     gc.collect()
     assert kept() is None
@@ -462,10 +464,10 @@ def test_weights_may_change_before_the_backward_pass():
 
 def test_activations_are_not_copied():
     x = torch.randn(4, 2, 3)
-    assert interop._array(x).ctypes.data == x.data_ptr()
+    assert torch_functions._array(x).ctypes.data == x.data_ptr()
     _, ours = pair("GRU", 3, 5)
     ours(x)
-    layer = interop._kept[ours.weight_ih_l0].layer
+    layer = torch_functions._kept[ours.weight_ih_l0].layer
     assert layer.weight_hh_l0.ctypes.data == ours.weight_hh_l0.data_ptr()
 
 
@@ -543,7 +545,6 @@ def test_what_kernels_do_not_run_is_refused(kind):
     for module, match in [
         (getattr(interop, kind)(3, 5).half(), r"torch\.float16 on cpu"),
         (getattr(interop, kind)(3, 5).bfloat16(), r"torch\.bfloat16 on cpu"),
-        (getattr(interop, kind)(3, 5, device="meta"), r"torch\.float32 on meta"),
     ]:
         weight = next(module.parameters())
         with pytest.raises(TypeError, match=f"weights: expected float32 or float64 on the CPU.*{match}"):
@@ -664,3 +665,122 @@ def test_many_threads_at_once():
     for thread in threads:
         thread.join()
     assert not errors
+
+
+@pytest.mark.parametrize("case", ["LSTM", "GRU", "GRUCell", "LSTMCell"])
+@pytest.mark.parametrize("change", [lambda w: w.neg_(), lambda w: w.mul_(0.5), lambda w: w.data.neg_()])
+def test_weights_of_other_signs_or_exponents_are_seen(case, change):
+    theirs, ours = pair(case, 64, 128)
+    x = torch.randn((100, 64) if case.endswith("Cell") else (3, 100, 64))
+    with torch.no_grad():
+        for name in ["weight_ih", "weight_hh", "bias_ih"]:
+            ours(x)
+            for module in (theirs, ours):
+                change(next(p for n, p in module.named_parameters() if n.startswith(name)))
+            expected, got = theirs(x), ours(x)
+            expected, got = (r if isinstance(r, torch.Tensor) else r[0] for r in (expected, got))
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("B", [2, 40, 4000])
+def test_too_few_or_many_states_are_refused_as_by_pytorch(grad, B):
+    x, h = torch.randn(B, 3), torch.randn(B, 5)
+    with torch.set_grad_enabled(grad):
+        for name, states in [
+            ("LSTMCell", (h, (h,), (h, h, h))),
+            ("GRUCell", ((h,), (h, h), (h, h, h))),
+            ("RNNCell", ((h,), (h, h))),
+        ]:
+            for state in states:
+                for module in pair(name, 3, 5):
+                    with pytest.raises((TypeError, RuntimeError, AttributeError)):
+                        module(x, state)
+        with pytest.raises(RuntimeError, match="expects two hidden states"):
+            interop.LSTM(3, 5)(x[None], (h[None],) * 3)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_packed_sequences_that_are_none_are_refused(grad):
+    packed, gru = rnn_utils.PackedSequence, interop.GRU(3, 5)
+    with torch.set_grad_enabled(grad):
+        for rows, sizes in [(9, [3, 3, 3, 3]), (12, [3, 3]), (0, [3])]:
+            with pytest.raises(RuntimeError):
+                gru(packed(torch.randn(rows, 3), torch.tensor(sizes, dtype=torch.int64)))
+        for sizes in ([4, 1, 3, 2], [3, 0], [2, -1]):
+            with pytest.raises(RuntimeError, match="batch_sizes: expected numbers of at least 1"):
+                gru(packed(torch.randn(max(1, sum(sizes)), 3), torch.tensor(sizes)))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", ["bias_ih", "bias_hh"])
+def test_a_cell_with_one_bias(grad, name):
+    for case in ("RNNCell", "LSTMCell", "GRUCell"):
+        theirs, ours = pair(case, 3, 5)
+        for module in (theirs, ours):
+            setattr(module, name, None)
+        x, h = torch.randn(2, 3), torch.randn(2, 5)
+        with torch.set_grad_enabled(grad):
+            expected, got = (module(x, (h, h) if case == "LSTMCell" else h) for module in (theirs, ours))
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", [*LAYERS, *CELLS])
+def test_outputs_can_be_detached_in_place(case):
+    _, ours = pair(case, 3, 5)
+    outputs = ours(torch.randn(2, 3)) if case in CELLS else ours(torch.randn(4, 2, 3))
+    for output in torch.utils._pytree.tree_leaves(outputs):
+        output.detach_()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_what_kernels_cannot_do_is_done_by_pytorch():
+    """Tangents, torch.func, tensors without numbers, counters of operations."""
+    theirs, ours = pair("GRU", 3, 5)
+    x, weights = torch.randn(4, 2, 3), dict(theirs.named_parameters())
+    for module in (theirs, ours):
+        module.requires_grad_(False)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        tangents = [torch.autograd.forward_ad.unpack_dual(module(dual)[0]).tangent for module in (theirs, ours)]
+    torch.testing.assert_close(*tangents)
+    grads = [
+        torch.func.grad(lambda w, m=module: torch.func.functional_call(m, w, (x,))[0].square().sum())(weights)
+        for module in (theirs, ours)
+    ]
+    torch.testing.assert_close(*grads)
+    assert interop.GRU(3, 5, device="meta")(x.to("meta"))[0].shape == (4, 2, 5)
+    with FlopCounterMode(display=False) as counter:
+        ours(x)
+    assert counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_negative_views_are_negative(grad):
+    for case in ("GRU", "GRUCell"):
+        theirs, ours = pair(case, 3, 5)
+        x = torch.randn((2, 3) if case == "GRUCell" else (4, 2, 3))
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(ours(torch._neg_view(x)), theirs(-x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_module_that_is_parametrised_after_replace_can_be_restored():
+    model = nn.Sequential(nn.LSTM(3, 5), nn.GRU(5, 2))
+    interop.replace(model)
+    nn.utils.parametrizations.weight_norm(model[0], "weight_hh_l0")
+    x = torch.randn(4, 2, 3)
+    before = model[0](x)[0]
+    assert interop.restore(model) == ["0", "1"]
+    assert not isinstance(model[0], interop.LSTM)
+    torch.testing.assert_close(model[0](x)[0], before)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", ["RNN", "GRU", "GRUCell", "LSTMCell"])
+def test_compiled_and_exported_modules(case):
+    theirs, ours = pair(case, 3, 5)
+    x = torch.randn((2, 3) if case in CELLS else (4, 2, 3))
+    expected = theirs(x)
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(ours, backend="eager")(x), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.export.export(ours, (x,), strict=True).module()(x), expected)

@@ -621,3 +621,40 @@ def test_parameters(case, rows, shapes):
     common = {"weight_ih_l0": (rows, 3), "weight_hh_l0": (rows, P), "bias_ih_l0": (rows,), "bias_hh_l0": (rows,)}
     layer = make(case, 3, 6)
     assert {name: array.shape for name, array in layer.parameters.items()} == common | shapes
+
+
+def test_a_state_may_change_before_the_pullback():
+    """Also where the pullback runs forward again."""
+    gru, x, state = fastrnn.GRU(3, 4, seed=0), np.ones((6, 2, 3), np.float32), np.ones((1, 2, 4), np.float32)
+    for checkpoint in (None, 2):
+        (y, _), pullback = gru.vjp(x, state.copy(), checkpoint=checkpoint)
+        wanted = pullback(y)[2]
+        given = state.copy()
+        (y, _), pullback = gru.vjp(x, given, checkpoint=checkpoint)
+        given[...] = 50
+        for name, array in pullback(y)[2].items():
+            assert_same_bits(array, wanted[name], name)
+
+
+@pytest.mark.parametrize("options", [{}, {"layer_norm": True}, {"bidirectional": True}], ids=str)
+def test_nothing_but_empty_sequences_in_stretches(options):
+    gru, state = (
+        fastrnn.GRU(3, 4, seed=0, **options),
+        np.ones((2 if "bidirectional" in options else 1, 2, 4), np.float32),
+    )
+    (_, after), pullback = gru.vjp(np.ones((6, 2, 3), np.float32), state, lengths=[0, 0], checkpoint=2)
+    assert_same_bits(after, state)
+    dx, d_before, grads = pullback(None, 3 * state)
+    assert not dx.any()
+    assert_same_bits(d_before, 3 * state)
+    assert list(grads) == list(gru.parameters)
+    assert not any(array.any() for array in grads.values())
+
+
+def test_a_read_only_gradient_in_stretches_compiles_nothing():
+    rnn = fastrnn.RNN(2, 3, seed=0)
+    (y, _), pullback = rnn.vjp(np.ones((4, 2, 2), np.float32), checkpoint=2)
+    pullback(y)
+    before, y.flags.writeable = len(rnn.kernels.backward.signatures), False
+    pullback(y)
+    assert len(rnn.kernels.backward.signatures) == before

@@ -228,6 +228,10 @@ def test_load_refuses_other_files(tmp_path):
     LSTM(2, 3).save(tmp_path / "lstm")
     with pytest.raises(ValueError, match="path: expected a language model's file"):
         models.load(tmp_path / "lstm")
+    for text in ("5", "[]", "x", "{}", '{"class": "LanguageModel"}', '{"class": "LanguageModel", "odd": 1}'):
+        write_file(tmp_path / "other", {"a": np.ones(1)}, {"fastrnn": text})
+        with pytest.raises(ValueError, match="path: expected a language model's file"):
+            models.load(tmp_path / "other")
     (tmp_path / "text").write_text("no model")
     with pytest.raises(ValueError, match="path: expected a whole safetensors file"):
         models.load(tmp_path / "text")

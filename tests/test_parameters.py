@@ -4,6 +4,8 @@ import copy
 import json
 import os
 import pickle
+import sys
+import threading
 
 import numpy as np
 import oracle
@@ -373,3 +375,50 @@ def test_a_call_while_parameters_are_written_sees_each_write():
         between = layer(x)[0]
     assert not np.array_equal(before, between)
     np.testing.assert_array_equal(layer(x)[0], between)
+
+
+def test_threads_train_on_one_layer_at_once():
+    """Each finds the arrays writable until its own block ends, however the others' begin and end."""
+    lstm, x, errors = fastrnn.LSTM(3, 4, seed=0), np.ones((2, 2, 3), np.float32), []
+
+    def train():
+        try:
+            optimizer = fastrnn.optim.SGD(lstm.parameters, lr=1e-4)
+            for _ in range(100):
+                (y, _), pullback = lstm.vjp(x)
+                optimizer.step(pullback(y)[2])
+        except Exception as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=train) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert errors == []
+    assert not lstm.parameters.writing
+    assert_read_only(lstm)
+
+
+def test_blocks_in_blocks_and_assignments_in_them():
+    linear = fastrnn.Linear(2, 3, seed=0)
+    with linear.parameters.writable() as outer:
+        with linear.parameters.writable() as inner:
+            inner["bias"][:] = 1
+        outer["bias"][0] = 2
+        linear.weight = np.ones((3, 2))
+        outer["weight"][0] = 3
+        version = linear.parameters.version
+    assert linear.parameters.version != version
+    assert linear.bias.tolist() == [2, 1, 1]
+    assert linear.weight.tolist() == [[3, 3], [1, 1], [1, 1]]
+    assert linear(np.ones((1, 2), np.float32)).tolist() == [[8, 3, 3]]
+    for arrays in (inner, outer):
+        with pytest.raises(ValueError, match="read-only"):
+            arrays["bias"][0] = 0
+    assert_read_only(linear)

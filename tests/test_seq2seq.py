@@ -1,7 +1,6 @@
 """Seq2Seq against its equations in float64, one sequence at a time; gradients against slopes and PyTorch; decoding."""
 
 import itertools
-import json
 import math
 
 import numpy as np
@@ -419,7 +418,8 @@ def test_load_knows_both_kinds_of_models_and_no_others(tmp_path):
     with pytest.raises(ValueError, match=r"path: expected the file of a LanguageModel or a Seq2Seq, got '.*lstm'"):
         load(tmp_path / "lstm")
     arrays = read_file(tmp_path / "language model")[0]
-    for content in ({}, {"fastrnn": "[1"}, {"fastrnn": json.dumps([1])}):
+    texts = "[1", "[1]", "5", '{"class": "Seq2Seq"}', '{"class": "Seq2Seq", "odd": 1}', '{"class": ["Seq2Seq"]}'
+    for content in ({}, *({"fastrnn": text} for text in texts)):
         write_file(tmp_path / "other", arrays, content)
         with pytest.raises(ValueError, match="path: expected the file of a LanguageModel or a Seq2Seq"):
             load(tmp_path / "other")

@@ -284,6 +284,22 @@ def test_resume_refuses_a_file_without_an_array(tmp_path):
         trainer().resume(tmp_path / "checkpoint")
 
 
+@pytest.mark.parametrize(
+    ("key", "message"), [("training", "a checkpoint of a training"), ("fastrnn", "a model's file")]
+)
+@pytest.mark.parametrize("text", ["", "x", "5", "[]", "{}", '{"settings": 1}'])
+def test_resume_refuses_a_file_that_says_something_else(key, message, text, tmp_path):
+    trainer().save(tmp_path / "checkpoint")
+    arrays, metadata = read_file(tmp_path / "checkpoint")
+    write_file(tmp_path / "checkpoint", arrays, {**metadata, key: text})
+    if key == "fastrnn" and text.startswith("{"):
+        message = "of other settings"
+    elif key == "fastrnn" and text == "[]":
+        message = "a model's file"
+    with pytest.raises(ValueError, match=message):
+        trainer().resume(tmp_path / "checkpoint")
+
+
 def a_model():
     return LanguageModel(3, 2, 2, seed=0)
 
