@@ -14,9 +14,9 @@ TURN = np.uint32(15)
 
 @part
 def _mixed(total, word):
-    """Products carry a change upwards only: turned, what changed at the top (a sign, an exponent) is carried, too."""
-    product = np.uint32((total ^ word) * FACTOR)
-    return product << TURN | product >> np.uint32(32 - TURN)
+    """Products carry a change upwards only: turned, what changes at the top (a sign, an exponent) is carried, too."""
+    both = np.uint32(total ^ word)
+    return np.uint32(both << TURN | both >> np.uint32(32 - TURN)) * FACTOR
 
 
 @kernel
