@@ -348,7 +348,8 @@ class Recurrent(Module):
     def _step(self, x: Array, state: tuple[Array, ...]) -> Array:
         """One step of all layers, of one direction, on the calling thread. x (B, I). Changes the state; y (1, B, P)."""
         work = np.empty(packing.step_size(self.cell, len(x), LANES_OF[self.dtype]), self.dtype)
-        self.kernels.step_of_arrays(*self.packed, state[0], state[-1], work, x)
+        packed = self.parameters.derived("packed", self._make_packed)
+        self.kernels.step_of_arrays(*packed, state[0], state[-1], work, x)
         return state[0][-1:].copy()
 
     def _expected_masks(self) -> Masks:

@@ -296,11 +296,10 @@ def _states(kind: str, hx: Any) -> tuple[Tensor, ...] | None:
 def _is_torchs(x: Tensor) -> bool:
     """Whether PyTorch's own function is to run: where there is nothing to do, or more than to compute numbers."""
     return (
-        x.numel() == 0
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
         or not x.is_cpu
-        or type(x) not in (Tensor, nn.Parameter)
-        or torch.jit.is_tracing()
-        or torch.compiler.is_compiling()
+        or x.numel() == 0
         or forward_ad._current_level >= 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack() > 0
