@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import NoReturn
 
 from . import __version__, batching, cli_generate, cli_train
+from .checks import number
 from .cli_train import TASK_DEFAULTS, TEXT_DEFAULTS
 from .models import CELLS
 from .tasks import TASKS
@@ -128,6 +129,7 @@ def _add_generate(generate: argparse.ArgumentParser) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     _set_threads(args.threads)
+    number(args.every, "--every", 0)
     return cli_train.on_text(args) if args.task is None else cli_train.on_task(args)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from . import batching
-from .checks import number, positive
+from .checks import positive
 from .cli_generate import write
 from .models import LanguageModel, Vocabulary, read_config
 from .optim import Adam
@@ -157,7 +157,6 @@ def _refuse(args: argparse.Namespace, names: tuple[str, ...], expected: str) -> 
 
 def _output(args: argparse.Namespace) -> tuple[Path, bool]:
     """The model's file, and whether training continues from it."""
-    number(args.every, "--every", 0)
     out = Path(args.out)
     if not out.parent.is_dir() or not os.access(out.parent, os.W_OK) or out.is_dir():
         raise ValueError(f"--out: expected a file in a folder that can be written to, got {args.out!r}")

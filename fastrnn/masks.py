@@ -38,8 +38,6 @@ def masks(layer: "Recurrent", T: int, B: int, rng: np.random.Generator) -> Masks
 def draw_masks(layer: "Recurrent", sequences: Sequences, rng: np.random.Generator) -> Masks:
     """The masks for a `vjp` as the kernels read them."""
     drawn = masks(layer, sequences.T, sequences.B, rng)
-    if not drawn:
-        return drawn
     drawn = {name: sequences.rows(m) if m.ndim == 3 else sequences.sorted(m) for name, m in drawn.items()}
     # The state s of a GRU is h.
     zone_s = {

@@ -333,7 +333,7 @@ def load(path: str | os.PathLike[str]) -> LanguageModel:
     Raises FileNotFoundError, or ValueError for a file of anything else.
     """
     arrays, metadata = read_file(path)
-    model = from_metadata(metadata, os.fspath(path))
+    model = from_metadata(metadata, path)
     model.load_state_dict({n: a for n, a in arrays.items() if not n.startswith(CHECKPOINT_PREFIX)})
     return model
 

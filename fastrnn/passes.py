@@ -52,7 +52,9 @@ def run(
     ordered = sequences.lengths is not None
     before = tuple([sequences.sorted(s) for s in before]) if ordered else before
     after = tuple([np.empty_like(s) for s in before])
-    run_one = partial(run_direction, layer) if checkpoint is None else partial(run_stretches, layer, checkpoint)
+    run_one: Any = partial(run_direction, layer)
+    if checkpoint is not None and sequences.N > 0:
+        run_one = partial(run_stretches, layer, checkpoint)
     backwards = {}
     for k in range(layer.num_layers):
         if ("dropout", k) in masks:
@@ -103,7 +105,7 @@ def run_direction(
     if N == 0:
         for state, s_0 in zip(after, before):
             state[...] = s_0
-        return partial(_backward_of_nothing, layer, key, I, sequences)
+        return partial(_backward_of_nothing, layer, key, I)
     if layer.layer_norm:
         return layer_norm.run_direction(layer, key, x, y, before, after, sequences, masks, packs, tape)
     size = cell.gates * cell.H * I * dtype.itemsize
@@ -166,7 +168,10 @@ def run_stretches(
     packs: tuple[Any, Any],
     tape: Tape | None,
 ) -> Any:
-    """As `run_direction`, of so many steps at a time, which are run again when the backward pass comes to them."""
+    """As `run_direction`, over at least one row, of so many steps at a time.
+
+    They are run again when the backward pass comes to them.
+    """
     state, stretches = before, []
     for part, first, last in sequences.stretches(checkpoint):
         part_masks = {
@@ -188,8 +193,6 @@ def run_stretches(
             dx[first:last] = again(
                 as_kernel_array(dy[first:last], "dy", dy.dtype, (None, None)), d_next, d_state, sums, tape
             )
-        if not stretches:
-            return _backward_of_nothing(layer, key, x.shape[1], sequences, dy, d_after, d_before, sums, {})
         for d_0, d in zip(d_before, d_state):
             d_0[...] = d
         return dx
@@ -201,10 +204,9 @@ def _backward_of_nothing(
     layer: "Recurrent",
     key: Key,
     I: int,
-    sequences: Sequences,
     dy: Array,
-    d_after: Any,
-    d_before: Any,
+    d_after: list[Array],
+    d_before: list[Array],
     sums: Sums,
     _: Tape,
 ) -> Array:

@@ -1,5 +1,6 @@
 """Sampling: token by token, and sequences without replacement (stochastic beam search)."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -123,8 +124,7 @@ def sample(
         weights=np.empty(V, steps.dtype),
         heap=np.empty(V, np.int64),
     )
-    _ends_stand(search)
-    tokens, lengths = _whole(search, run(steps, search, rng.random))
+    tokens, lengths = _drawn(steps, search, rng.random)
     return Samples(tokens, lengths, search.log_probs)
 
 
@@ -188,8 +188,7 @@ def stochastic_beam_search(
         totals=np.empty(K),
         candidates=np.empty(K, np.int64),
     )
-    _ends_stand(search)
-    tokens, lengths = _whole(search, run(steps, search, rng.standard_exponential))
+    tokens, lengths = _drawn(steps, search, rng.standard_exponential)
     tokens, lengths, log_probs = tokens[:, :-1], lengths[:, :-1], search.log_probs[:, :-1]
     threshold = perturbed[:, -1].copy()
 
@@ -212,14 +211,12 @@ def _period(steps: int, numbers: int) -> int:
     return max(1, min(steps, NOISE_AT_ONCE // numbers))
 
 
-def _ends_stand(search: Any) -> None:
-    """What has ended stays as it is while searches of other inputs go on: a search that is closed is not advanced."""
+def _drawn(model: Any, search: Any, noise: Callable[..., Any]) -> tuple[Array, Array]:
+    """Run all searches; the tokens and lengths of their hypotheses, which repeat eos once they have ended."""
+    # A search that is closed is not advanced: what it has stays as it is while those of other inputs go on.
     search.parents[...] = np.arange(search.parents.shape[2])
     search.tokens[...] = max(search.eos, 0)
-
-
-def _whole(search: Any, steps: int) -> tuple[Array, Array]:
-    """The tokens and lengths of hypotheses of so many steps, which repeat eos once they have ended."""
+    steps = run(model, search, noise)
     last = search.parents[:, steps - 1], search.tokens[:, steps - 1]
     places = np.stack([np.where(search.log_probs > -np.inf, steps, 0), *last], -1)
     tokens, lengths = traced(search, places, search.eos)

@@ -1,6 +1,5 @@
 """Seq2Seq: an encoder reads a sequence, a decoder writes another, and looks back at what was read (attention)."""
 
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -406,16 +405,12 @@ def load(path: str | os.PathLike[str]) -> "Seq2Seq | LanguageModel":
 
     arrays, metadata = read_file(path)
     try:
-        config = dict(json.loads(metadata["fastrnn"]))
-        kind = config.pop("class")
-        if kind not in (models.LanguageModel.__name__, Seq2Seq.__name__):
-            raise KeyError("class")
-        model = Seq2Seq(**config) if kind == Seq2Seq.__name__ else None
+        config = models.read_config(metadata, path)
+        kind = {"LanguageModel": models.LanguageModel, "Seq2Seq": Seq2Seq}[config.pop("class")]
+        model: Seq2Seq | LanguageModel = kind(**config)
     except (KeyError, TypeError, ValueError) as error:
         text = f"path: expected the file of a LanguageModel or a Seq2Seq, got {os.fspath(path)!r}"
         raise ValueError(text) from error
-    if model is None:
-        return models.load(path)
     model.load_state_dict({n: a for n, a in arrays.items() if not n.startswith(models.CHECKPOINT_PREFIX)})
     return model
 

@@ -6,10 +6,20 @@ import numpy as np
 
 from .activations import exp_nonpositive
 from .barrier import meet
-from .compiler import kernel
+from .compiler import kernel, part
 from .denormals import flush_denormals, restore_mode
 from .gemm import load, store
 from .vector import at, at_least, lanes, largest_lane, load_part_or, load_whole, store_part, store_whole, sum_of_lanes
+
+
+@part
+def highest_of(x, V):
+    """The maximum of V numbers at an address; a NaN may be passed over."""
+    whole = V - V % lanes(x)
+    maxima = load_part_or(at(x, whole), V - whole, -np.inf)
+    for j in range(0, whole, lanes(x)):
+        maxima = at_least(load_whole(at(x, j)), maxima)
+    return largest_lane(maxima)
 
 
 @kernel
@@ -25,14 +35,9 @@ def cross_entropy(logits, targets, losses, dlogits, me, parties, barrier):
     whole = V - V % L
     for r in range(me * R // parties, (me + 1) * R // parties):
         x, d, target = at(logits, r * V), at(dlogits, r * V), targets[r]
-        last = load_part_or(at(x, whole), V - whole, -np.inf)
-        maxima = last
-        for j in range(0, whole, L):
-            maxima = at_least(load_whole(at(x, j)), maxima)
-        highest = largest_lane(maxima)
-
-        # A NaN that the maximum has passed over is here.
-        total = exp_nonpositive(last - highest)
+        # A NaN that the maximum has passed over is in the sum.
+        highest = highest_of(x, V)
+        total = exp_nonpositive(load_part_or(at(x, whole), V - whole, -np.inf) - highest)
         store_part(total, at(d, whole), V - whole)
         for j in range(0, whole, L):
             e = exp_nonpositive(load_whole(at(x, j)) - highest)

@@ -29,7 +29,8 @@ from .activations import exp_nonpositive
 from .compiler import kernel, part, specialise
 from .denormals import flush_denormals, restore_mode
 from .gemm import load, store
-from .vector import at, at_least, lanes, largest_lane, load_part_or, load_whole, sum_of_lanes
+from .losses import highest_of
+from .vector import at, lanes, load_part_or, load_whole, sum_of_lanes
 
 CLOSED, OPEN, NOT_A_NUMBER, NOT_A_LOG_PROBABILITY = range(4)
 # A log-probability may be above 0 by rounding; what is farther above is none.
@@ -85,19 +86,9 @@ Draw = _fields("Draw", "noise top_k top_p min_p weights heap")
 
 
 @part
-def _highest(x, V):
-    """The maximum of V numbers at an address; a NaN may be passed over."""
-    whole = V - V % lanes(x)
-    maxima = load_part_or(at(x, whole), V - whole, -np.inf)
-    for j in range(0, whole, lanes(x)):
-        maxima = at_least(load_whole(at(x, j)), maxima)
-    return largest_lane(maxima)
-
-
-@part
 def log_sum_exp(x, V):
     """``log(sum(exp(x)))`` of V numbers at an address; 0 if all are -inf, NaN if one is NaN or inf."""
-    highest = _highest(x, V)
+    highest = highest_of(x, V)
     if highest == -np.inf:
         total = 0.0
         for j in range(V):
@@ -115,7 +106,7 @@ def log_sum_exp(x, V):
 def _cool(search, x, V):
     """Divide by the temperature."""
     if search.temperature != 1:
-        highest = _highest(x, V)
+        highest = highest_of(x, V)
         if highest > -np.inf:
             for j in range(0, V, lanes(x)):
                 store((load(at(x, j), V - j) - highest) / max(search.temperature, COLDEST), at(x, j), V - j)

@@ -20,7 +20,7 @@ from ..batching import Sequences, full_sequences
 from ..kernels import contents, direct
 from ..kernels.vector import LANES_OF
 from ..masks import Masks
-from ..packing import Gradients, step_size
+from ..packing import Gradients
 from ..parameters import Array, Parameters
 from ..passes import Tape
 from ..recurrent import Recurrent
@@ -345,9 +345,7 @@ def _step_directly(
 def _step(layer: Recurrent, x: Tensor, states: Sequence[Tensor]) -> list[Tensor]:
     """The state after one step, on the calling thread."""
     after = [state.clone() for state in states]
-    arrays = [state.numpy()[None] for state in after]
-    work = np.empty(step_size(layer.cell, len(x), LANES_OF[layer.dtype]), layer.dtype)
-    layer.kernels.step_of_arrays(*layer.packed, arrays[0], arrays[-1], work, x.numpy())
+    layer._step(x.numpy(), tuple([state.numpy()[None] for state in after]))
     return after
 
 
