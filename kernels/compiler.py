@@ -16,7 +16,9 @@ def _source_stamp():
 
 SOURCE_STAMP = _source_stamp()
 # No fastmath: arithmetic is done as written, with `fma` spelt out, and so gives the same bits everywhere.
-OPTIONS = {"nogil": True, "boundscheck": False, "error_model": "numpy", "fastmath": False}
+# No references are counted, which would be an atomic operation for every array taken out of a tuple: kernels allocate
+# nothing, and the caller holds what it gives them.
+OPTIONS = {"nogil": True, "boundscheck": False, "error_model": "numpy", "fastmath": False, "_nrt": False}
 
 
 def kernel(function=None, *, cache=True, **options):

@@ -8,7 +8,7 @@ from .barrier import meet
 from .cell import geometry, packed_layout, place
 from .compiler import kernel, part, specialise
 from .denormals import flush_denormals, restore_mode
-from .gemm import Left, Panels, load, product, product_of_row, store
+from .gemm import Left, Panels, copy_row, load, product, product_of_row, store
 from .recurrent import Packed, State
 from .search import METHODS, OPEN, some_open
 from .tile import width
@@ -101,8 +101,8 @@ def _decode(packed, state, states, embedding, table, output, search, first, last
         for r in range(B):
             token = search.starts[r // K] if t == 0 else search.tokens[r // K, t - 1, r % K]
             if len(table) > 0:
-                for j in range(table.shape[1]):
-                    gates[(j // W * B + r) * W + j % W] = table[token, j]
+                for p in range(table.shape[1] // W):
+                    copy_row(at(table, token * table.shape[1] + p * W), at(gates, (p * B + r) * W), W)
             else:
                 for j in range(E):
                     x[r, j] = embedding[token, j]
