@@ -16,8 +16,6 @@ from .checks import DTYPES, as_array, as_indices, as_kernel_array, describe, int
 from .heads import Embedding, Linear
 from .kernels import decode
 from .kernels import search as kernels
-from .kernels.vector import LANES_OF
-from .packing import step_size
 from .parameters import Array, read_only
 from .recurrent import Recurrent
 
@@ -303,8 +301,7 @@ def _input_table(model: Parts, tokens: int) -> Array:
     tokens: how many will be looked up: if few, it would take longer to make it than to do without.
     """
     rnn, embedding = model.rnn, model.embedding
-    L = LANES_OF[rnn.dtype]
-    row = step_size(rnn.cell, 1, L) - rnn.cell.H
+    row = rnn._work_of_a_row - rnn.cell.H
     # It depends on the parameters of both.
     kept: dict[int, Array] = rnn.parameters.derived("input table", dict)
     version = embedding.parameters.version

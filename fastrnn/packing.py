@@ -12,7 +12,6 @@ import numpy as np
 from . import batching
 from .kernels import bptt
 from .kernels import cell as cells
-from .kernels import recurrent as steps
 from .kernels.tile import VECS
 from .kernels.vector import LANES_OF
 from .parameters import Array, read_only
@@ -126,11 +125,6 @@ def _bias_places(cell: cells.Cell, L: int) -> tuple[Array, Array]:
 @lru_cache(1024)
 def work_size(cell: cells.Cell, B: int, rows: int, buffers: int, L: int) -> int:
     return bptt.work_layout.py_func(cell, B, rows, buffers, VECS * L, L)[-1]
-
-
-@lru_cache(1024)
-def step_size(cell: cells.Cell, B: int, L: int) -> int:
-    return steps.step_size.py_func(cell, B, VECS * L, L)
 
 
 @lru_cache(1024)

@@ -28,6 +28,7 @@ from .checks import (
 from .kernels import cell as cells
 from .kernels import recurrent as steps
 from .kernels.gemm import multiply_addresses
+from .kernels.tile import VECS
 from .kernels.vector import LANES_OF
 from .masks import Masks, draw_masks
 from .packing import Gradients, Key, Sums
@@ -77,6 +78,7 @@ class Recurrent(Module):
         self.bias, self.batch_first = flag(bias, "bias"), flag(batch_first, "batch_first")
         self.dropout = probability(dropout, "dropout")
         self.bidirectional = flag(bidirectional, "bidirectional")
+        self.directions = 2 if self.bidirectional else 1
         self.recurrent_dropout = probability(recurrent_dropout, "recurrent_dropout")
         self.zoneout = self._zoneout(zoneout)
         self.dtype = float_dtype(dtype)
@@ -115,10 +117,6 @@ class Recurrent(Module):
                 raise ValueError(f"zoneout: expected a number or two, for h and c, got {describe(zoneout)}")
             return tuple(probability(p, "zoneout") for p in zoneout)
         return (probability(zoneout, "zoneout"),) * self.STATES
-
-    @property
-    def directions(self) -> int:
-        return 2 if self.bidirectional else 1
 
     @property
     def output_size(self) -> int:
@@ -163,10 +161,16 @@ class Recurrent(Module):
         """The addresses of what the kernels call, in this process."""
         return multiply_addresses(self.dtype, 3 in (self.cell.x.count, self.cell.h.count))
 
-    @property
+    @cached_property
     def steps_in_place(self) -> bool:
         """Whether the kernels' ``step`` runs the layer."""
         return not (self.bidirectional or self.layer_norm or any(self.zoneout))
+
+    @cached_property
+    def _work_of_a_row(self) -> int:
+        """Numbers of workspace that a step takes for each sequence."""
+        L = LANES_OF[self.dtype]
+        return steps.step_size.py_func(self.cell, 1, VECS * L, L)
 
     def stream(self, batch_size: int = 1) -> "Stream":
         """The layer as one that is fed one step at a time and remembers its state: a `fastrnn.streaming.Stream`."""
@@ -211,7 +215,7 @@ class Recurrent(Module):
         B, layers = positive(batch_size, "batch_size"), self.num_layers
         h = np.zeros((layers, B, self.cell.P), self.dtype)
         s = np.zeros((layers, B, self.cell.H), self.dtype) if self.STATES == 2 else h
-        return steps.State(h, s, np.empty(packing.step_size(self.cell, B, LANES_OF[self.dtype]), self.dtype))
+        return steps.State(h, s, np.empty(B * self._work_of_a_row, self.dtype))
 
     # Arguments and results, as the user has them and as the kernels do.
 
@@ -235,7 +239,8 @@ class Recurrent(Module):
     def _state_arrays(self, state: Any, name: str, batch: int, batched: bool) -> tuple[Array, ...]:
         layers, cell = self.num_layers * self.directions, self.cell
         if state is None:
-            return tuple([np.zeros((layers, batch, n), self.dtype) for n in (cell.P, cell.H)[: self.STATES]])
+            h = np.zeros((layers, batch, cell.P), self.dtype)
+            return (h, np.zeros((layers, batch, cell.H), self.dtype)) if self.STATES == 2 else (h,)
         shapes = ((layers, batch, cell.P), (layers, batch, cell.H))
         if self.STATES == 1:
             state = (state,)
@@ -347,8 +352,8 @@ class Recurrent(Module):
 
     def _step(self, x: Array, state: tuple[Array, ...]) -> Array:
         """One step of all layers, of one direction, on the calling thread. x (B, I). Changes the state; y (1, B, P)."""
-        work = np.empty(packing.step_size(self.cell, len(x), LANES_OF[self.dtype]), self.dtype)
         packed = self.parameters.derived("packed", self._make_packed)
+        work = np.empty(len(x) * self._work_of_a_row, self.dtype)
         self.kernels.step_of_arrays(*packed, state[0], state[-1], work, x)
         return state[0][-1:].copy()
 

@@ -6,7 +6,6 @@ from collections import namedtuple
 import numba
 import numpy as np
 import pytest
-
 from fastrnn.kernels.compiler import OPTIONS, kernel
 
 Pair = namedtuple("Pair", "first second")
