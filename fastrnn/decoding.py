@@ -16,7 +16,7 @@ from .checks import DTYPES, as_array, as_indices, as_kernel_array, describe, int
 from .heads import Embedding, Linear
 from .kernels import decode
 from .kernels import search as kernels
-from .parameters import Array, read_only
+from .parameters import Array
 from .recurrent import Recurrent
 
 Step = Callable[[Array, Any], tuple[Any, Any]]
@@ -247,7 +247,7 @@ class ModelSteps:
             raise ValueError(f"step: expected an embedding of {self.V} tokens, got {model.embedding.num_embeddings}")
         self.packed = rnn.packed
         self.output = model.output.parameters.derived("forward", model.output._pack_forward)
-        self.embedding = read_only(model.embedding.weight)
+        self.embedding = model.embedding.parameters["weight"]
         self.table = _input_table(model, self.inputs * width * max_length)
         self.work = self.inputs * width * (self.packed.weights.size + self.output.size)
         # A call does many steps.
@@ -310,7 +310,7 @@ def _input_table(model: Parts, tokens: int) -> Array:
         if embedding.num_embeddings * row > LARGEST_TABLE or embedding.num_embeddings > 8 * tokens:
             return np.empty((0, row), rnn.dtype)
         table = batching.empty(embedding.num_embeddings * row, rnn.dtype).reshape(-1, row)
-        decode.input_table(rnn.packed, read_only(embedding.weight), table)
+        decode.input_table(rnn.packed, embedding.parameters["weight"], table)
         kept.clear()
         if not embedding.parameters.writing:
             kept[version] = table
@@ -372,7 +372,7 @@ def common(
         "parents": np.zeros((S, T, K), np.int64),
         "log_probs": log_probs,
         "open": np.full(S, kernels.OPEN),
-        "starts": np.repeat(steps.starts, searches),
+        "starts": steps.starts if searches == 1 else np.repeat(steps.starts, searches),
         "eos": eos,
         "min_length": integer(min_length, "min_length", 0),
         "banned": banned,

@@ -127,14 +127,14 @@ class Linear(Module):
         W = VECS * LANES_OF[self.dtype]
         packed = batching.empty(self._panels(self.out_features) * W * (1 + self.in_features), self.dtype)
         bias = self.parameters["bias"] if self.config["bias"] else np.zeros(self.out_features, self.dtype)
-        kernels.pack_forward(read_only(self.parameters["weight"]), read_only(bias), packed)
+        kernels.pack_forward(self.parameters["weight"], read_only(bias), packed)
         return packed
 
     def _pack_backward(self) -> Array:
         W = VECS * LANES_OF[self.dtype]
         panels = self._panels(self.in_features) * self._panels(self.out_features)
         packed = batching.empty(W + panels * W * W, self.dtype)
-        kernels.pack_backward(read_only(self.parameters["weight"]), packed)
+        kernels.pack_backward(self.parameters["weight"], packed)
         return packed
 
     def _rows(self, x: Any, name: str) -> tuple[Array, tuple[int, ...]]:

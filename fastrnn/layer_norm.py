@@ -58,7 +58,7 @@ def _pack(layer: Any, k: int, d: int, backward: bool) -> kernels.Weights:
     cell, dtype, W = layer.cell, layer.dtype, VECS * LANES_OF[layer.dtype]
 
     def matrix(kind: str) -> Array:
-        w = read_only(given[kind])
+        w = given[kind]
         N, K = -(-w.shape[0] // W) * W, -(-w.shape[1] // W) * W
         packed = batching.empty(W + K * N if backward else N * (1 + w.shape[1]), dtype)
         if backward:

@@ -14,7 +14,7 @@ from .kernels import bptt
 from .kernels import cell as cells
 from .kernels.tile import VECS
 from .kernels.vector import LANES_OF
-from .parameters import Array, read_only
+from .parameters import Array
 
 if TYPE_CHECKING:
     from .recurrent import Recurrent
@@ -26,7 +26,7 @@ Packs = dict[Key, tuple[Any, Any]]
 
 
 def weights(layer: "Recurrent", k: int, d: int) -> SimpleNamespace:
-    """The parameters of a direction, all of one Numba type, with zeros or nothing for those it lacks."""
+    """The parameters of a direction, with zeros or nothing for those it lacks."""
     H, gates = layer.cell.H, layer.cell.gates
     given = {kind: layer.parameters[name] for kind, name in layer.names[k, d].items()}
     none, zeros = np.empty((0, 0), layer.dtype), np.zeros(H, layer.dtype)
@@ -36,7 +36,7 @@ def weights(layer: "Recurrent", k: int, d: int) -> SimpleNamespace:
     if layer.cell.peephole:
         peepholes = np.stack([given.get(f"weight_c{gate}", zeros) for gate in "ifo"])
     given |= {"weight_hr": given.get("weight_hr", none), "peepholes": peepholes}
-    return SimpleNamespace(**{kind: read_only(array) for kind, array in given.items()})
+    return SimpleNamespace(**given)
 
 
 def pack_all(layer: "Recurrent") -> tuple[Array, list[int]]:
