@@ -66,6 +66,14 @@ class Stream:
             _, self.state = layer(x[:, None] if layer.batch_first else x[None], self.state)
         return self._y
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Of the rest, some is true in this process only, and some is one memory under two names.
+        return {"layer": self.layer, "batch_size": self.batch_size, "state": self.state}
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        self.__init__(kept["layer"], kept["batch_size"])  # type: ignore[misc]
+        self.state = kept["state"]
+
     def reset(self) -> None:
         """Begin anew, from zeros."""
         for array in self._arrays:

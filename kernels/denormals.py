@@ -71,6 +71,18 @@ def flush_denormals(typing):
 
 
 @intrinsic
+def heed_denormals(typing):
+    """From now on this thread computes with denormal numbers, as it does outside of kernels."""
+
+    def codegen(context, builder, signature, args):
+        if _architecture(builder) is not None:
+            _write(builder, builder.and_(_read(builder), I64(~FLUSH[_architecture(builder)])))
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
 def restore_mode(typing, mode):
     """Set the mode that `flush_denormals` returned."""
 

@@ -11,6 +11,7 @@ from functools import lru_cache
 from . import bptt, recurrent
 from .activations import tanh
 from .compiler import part, renamed, specialise
+from .denormals import flush_denormals, heed_denormals
 from .gemm import load, store, zeros
 from .vector import lanes, map_lanes, where_negative
 
@@ -50,15 +51,21 @@ step_of_arrays = specialise(recurrent.step_of_arrays, __name__, "step_of_arrays"
 f = df = None
 
 
+# They run as anywhere else: for nothing but units that exist, and, also where they raise, in the thread's own mode.
 def _advance_of(cell, extra, u, a, s, save):
-    h = map_lanes(f, load(a, lanes(a)))
+    heed_denormals()
+    h = map_lanes(f, load(a, lanes(a)), cell.H - u * lanes(a))
+    flush_denormals()
     if save:
         store(h, a, lanes(a))
     return h, s
 
 
 def _retreat_of(cell, extra, u, a, d, s, dh, ds, n):
-    store(dh * map_lanes(df, load(a, lanes(a))), d, n)
+    heed_denormals()
+    slopes = map_lanes(df, load(a, lanes(a)), n)
+    flush_denormals()
+    store(dh * slopes, d, n)
     return zeros(a), ds
 
 

@@ -14,8 +14,10 @@ import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, errors
+from numba.core.compiler import DEFAULT_FLAGS
 from numba.core.registry import cpu_target
+from numba.core.targetconfig import ConfigStack
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
 I32, I64 = ir.IntType(32), ir.IntType(64)
@@ -123,6 +125,8 @@ def store_part_of(builder, value, pointer, n):
 @intrinsic
 def at(typing, base, offset):
     """The address of element ``offset`` of a C-contiguous array, or ``offset`` numbers past another address."""
+    if isinstance(base, types.Array) and base.layout != "C":
+        raise errors.NumbaTypeError(f"expected a C-contiguous array, got {base}")
 
     def codegen(context, builder, signature, args):
         pointer, offset = args
@@ -303,21 +307,23 @@ def horner(typing, x, coefficients):
 
 
 @intrinsic
-def map_lanes(typing, function, x):
-    """``function``, which Numba has compiled, of each number of a vector."""
-    signature_ = typing.resolve_function_type(function, (x.dtype,), {})
+def map_lanes(typing, function, x, n):
+    """``function``, which Numba has compiled, of each of the first ``n`` numbers of a vector; past them x itself."""
+    with ConfigStack().enter(DEFAULT_FLAGS):  # it is compiled as it would be by itself, not with the kernels' options
+        signature_ = typing.resolve_function_type(function, (x.dtype,), {})
 
     def codegen(context, builder, signature, args):
         call = context.get_function(function, signature_)
         context.add_linking_libs(getattr(call, "libs", ()))
-        vector = args[1]
+        result = cgutils.alloca_once_value(builder, args[1])
         for i in range(x.lanes):
-            value = call(builder, [builder.extract_element(args[1], I32(i))])
-            value = context.cast(builder, value, signature_.return_type, x.dtype)
-            vector = builder.insert_element(vector, value, I32(i))
-        return vector
+            with builder.if_then(builder.icmp_signed("<", I64(i), args[2])):
+                value = call(builder, [builder.extract_element(args[1], I32(i))])
+                value = context.cast(builder, value, signature_.return_type, x.dtype)
+                builder.store(builder.insert_element(builder.load(result), value, I32(i)), result)
+        return builder.load(result)
 
-    return x(function, x), codegen
+    return x(function, x, types.int64), codegen
 
 
 @intrinsic

@@ -1,6 +1,10 @@
 """Layers that are fed one step at a time: streams, and the kernels' ``step`` in a user's own compiled loop."""
 
+import copy
 import gc
+import pickle
+import subprocess
+import sys
 import tracemalloc
 
 import numba
@@ -216,6 +220,37 @@ LAYOUTS = {
     "a subclass": lambda a: a.view(np.recarray),
     "a memory view": memoryview,
 }
+
+
+COPY = """
+import pickle, sys
+stream, x = pickle.load(open(sys.argv[1], "rb"))
+print(stream.step(x).tobytes().hex())
+"""
+
+
+@pytest.mark.parametrize("options", [{}, {"zoneout": 0.3}], ids=["plain", "zoneout"])
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda stream: pickle.loads(pickle.dumps(stream))])
+def test_copies_go_on_by_themselves(copied, options):
+    layer = make("LSTM", 3, 17, num_layers=2, **options)
+    x = sequence(layer, 4, 2)[0]
+    stream = layer.stream(2)
+    stream.step(x[0])
+    other = copied(stream)
+    assert_same_bits(steps(other, x[1:]), steps(stream, x[1:]))
+    assert_same_states(other.state, stream.state)
+
+
+def test_a_copy_in_another_process(tmp_path):
+    """Where nothing lies at the addresses that it had here."""
+    layer = make("LSTM", 3, 17)
+    x = sequence(layer, 2, 3)[0]
+    stream = layer.stream(3)
+    stream.step(x[0])
+    (tmp_path / "stream").write_bytes(pickle.dumps((stream, x[1])))
+    done = subprocess.run([sys.executable, "-c", COPY, tmp_path / "stream"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == stream.step(x[1]).tobytes().hex()
 
 
 @pytest.mark.parametrize("options", [{}, {"zoneout": 0.3}], ids=["plain", "zoneout"])
@@ -441,6 +476,13 @@ def test_a_loop_of_the_users(case, dtype):
 
 def states_of(layer, state):
     return (state.h, state.s) if isinstance(layer, fastrnn.LSTM) else state.h
+
+
+def test_a_loop_over_rows_that_do_not_lie_together_is_refused():
+    """Kernels read memory as if they did."""
+    layer, x = make("LSTM", 3, 4), np.zeros((2, 5, 3), np.float32)
+    with pytest.raises(numba.TypingError, match="expected a C-contiguous array, got array"):
+        lstm_kernels.step(layer.packed, layer.new_state(2), x[:, 0])
 
 
 @pytest.mark.parametrize("case", IN_PLACE)

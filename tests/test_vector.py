@@ -41,8 +41,8 @@ def arithmetic(x, y, z, out):
 
 
 @numba.njit
-def mapped(function, x, out):
-    vector.store_whole(vector.map_lanes(function, vector.load_whole(at(x, 0))), at(out, 0))
+def mapped(function, x, n, out):
+    vector.store_whole(vector.map_lanes(function, vector.load_whole(at(x, 0)), n), at(out, 0))
 
 
 @numba.njit
@@ -112,9 +112,10 @@ def test_arithmetic(dtype, rng):
 
 @pytest.mark.parametrize("function", [half_of, softsign, sign])
 def test_a_function_of_each_number(function, dtype):
-    """Its result takes the vector's dtype, and each lane is its own."""
-    x = np.linspace(-3, 6, vector.LANES_OF[dtype]).astype(dtype)
+    """Its result takes the vector's dtype, and each lane is its own; those past the first n stay as they are."""
+    x = np.linspace(-3, 6, L := vector.LANES_OF[dtype]).astype(dtype)
     x[1] = np.nan
-    out = np.zeros_like(x)
-    mapped(function, x, out)
-    np.testing.assert_array_equal(out, np.array([function(a) for a in x]).astype(dtype))
+    for n in (L + 3, L, L - 1, 1, 0):
+        out = np.zeros_like(x)
+        mapped(function, x, n, out)
+        np.testing.assert_array_equal(out, np.array([function(a) for a in x[:n]] + x[n:].tolist()).astype(dtype))
