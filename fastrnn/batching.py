@@ -311,9 +311,9 @@ class Sequences:
             return -(-self.T // (len(chunks) - 1)) * self.B
         return int(np.diff(self.steps[chunks]).max())
 
-    def share(self, me: int, parties: int, hidden: int, dtype: np.dtype) -> Share:
+    def share(self, me: int, parties: int, hidden: int, dtype: np.dtype, vectors: int = VECS) -> Share:
         """Party ``me``'s share, as `share_of` gives it, but that parts of the batch have about as many rows."""
-        b0, b1, *rest = share_of(me, parties, self.B, hidden, dtype)
+        b0, b1, *rest = share_of(me, parties, self.B, hidden, dtype, vectors)
         if self.lengths is not None and b1 - b0 < self.B:
             ends = np.cumsum(self.lengths[self.order])
             cuts = np.searchsorted(ends, np.arange(parties + 1) * self.N / parties).tolist()
@@ -343,8 +343,11 @@ def parties_for(work: float, batch: int, hidden: int, dtype: np.dtype) -> int:
     return min(threads, max(batch // 4, -(-hidden // (VECS * LANES_OF[dtype]))))
 
 
-def share_of(me: int, parties: int, batch: int, hidden: int, dtype: np.dtype) -> Share:
-    """Party ``me``'s share ``(b0, b1, u0, u1, me, parties)`` of the rows of a batch or of the vectors of units."""
+def share_of(me: int, parties: int, batch: int, hidden: int, dtype: np.dtype, vectors: int = VECS) -> Share:
+    """Party ``me``'s share ``(b0, b1, u0, u1, me, parties)`` of the rows of a batch or of the vectors of units.
+
+    vectors: how many of these stay together.
+    """
     units = -(-hidden // LANES_OF[dtype])
     if parties == 1:
         return 0, batch, 0, units, 0, 1
@@ -354,8 +357,10 @@ def share_of(me: int, parties: int, batch: int, hidden: int, dtype: np.dtype) ->
     by_units = units / parties / min(units, -(-panels // parties) * VECS)
     if batch // parties >= ROWS_OF_A_SHARE or parties > panels or (parties <= batch and by_rows > by_units):
         return me * batch // parties, (me + 1) * batch // parties, 0, units, me, parties
-    first, last = me * panels // parties, (me + 1) * panels // parties
-    return 0, batch, first * VECS, min(units, last * VECS), me, parties
+    parts = -(-units // vectors)
+    # The first party, which calls the others, has the most.
+    first, last = -(-me * parts // parties), -(-(me + 1) * parts // parties)
+    return 0, batch, first * vectors, min(units, last * vectors), me, parties
 
 
 def empty(count: int, dtype: np.dtype) -> NDArray[Any]:

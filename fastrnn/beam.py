@@ -135,6 +135,7 @@ def beam_search(
         reach=reach,
         enough=K // G if early_stopping == "count" else NEVER,
         ended=np.zeros(S, np.int64),
+        taken=np.zeros(S, np.int64),
         best_scores=np.full((S, R // G), -np.inf),
         best_log_probs=np.full((S, R // G), -np.inf),
         best_places=np.zeros((S, R // G, 3), np.int64),
@@ -142,7 +143,7 @@ def beam_search(
         totals=np.empty(2 * K // G),
         candidates=np.empty(2 * K // G, np.int64),
     )
-    taken = run(steps, search)
+    taken = run(steps, search)  # by those that went on longest
 
     tokens, lengths = traced(search, search.best_places, search.eos)
     scores, log_probs = search.best_scores.reshape(N, R), search.best_log_probs.reshape(N, R)
@@ -154,7 +155,8 @@ def beam_search(
     trellis = None
     if return_trellis:
         # A group's back-pointers count its own hypotheses.
-        pointers = search.parents[:, :taken] + (np.arange(S) % G * (K // G))[:, None, None]
+        first = np.where(np.arange(taken) < search.taken[:, None], (np.arange(S) % G * (K // G))[:, None], 0)
+        pointers = search.parents[:, :taken] + first[..., None]
         kept = search.tokens[:, :taken], pointers
         trellis = Trellis(*(a.reshape(N, G, taken, -1).swapaxes(1, 2).reshape(N, taken, K) for a in kept))
     return Hypotheses(tokens, lengths, scores, log_probs, trellis)
@@ -200,7 +202,9 @@ def _prefix(prefix: Any, inputs: int, groups: int, longest: int, eos: int, V: in
     if prefix is None:
         return np.empty((inputs * groups, 0), np.int64)
     given = list(prefix) if isinstance(prefix, (list, tuple)) else as_array(prefix, "prefix")
-    one = len(given) > 0 and np.ndim(given[0]) == 0
+    if np.ndim(given) == 0:
+        raise TypeError(f"prefix: expected a list of tokens, or one for each input, got {describe(prefix)}")
+    one = len(given) == 0 or np.ndim(given[0]) == 0
     prefixes = [token_array(tokens, "prefix", V) for tokens in ([given] * inputs if one else given)]
     if len(prefixes) != inputs:
         raise ValueError(f"prefix: expected tokens, or {inputs} lists of them, got {len(prefixes)} lists")

@@ -79,7 +79,7 @@ def search(args: argparse.Namespace) -> int:
         if found.lengths[0, i]
     ]
     if args.json:
-        write(json.dumps({"prompt": prompt, "texts": texts}, ensure_ascii=False))
+        write(json.dumps({"prompt": prompt, "texts": texts}))
     else:
         for text in texts:
             write(f"{text['log_prob' if args.stochastic else 'score']:9.4f}  {_one_line(begin + text['text'])}")

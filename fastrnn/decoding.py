@@ -197,6 +197,9 @@ class FunctionSteps:
         if t:
             goes_on &= search.tokens[:, t - 1] != search.eos
         for s, k in np.argwhere(goes_on):
+            if not x[s * K + k].max() < np.inf:  # also where it is forbidden
+                search.open[s] = kernels.NOT_A_NUMBER
+                continue
             self.constraints.apply(int(s * K + k) // self.width, self.history[s * K + k], x[s * K + k])
 
 
@@ -223,6 +226,21 @@ class Parts(NamedTuple):
         kernels.log_softmax(self.output(y[0]), log_probs)
         return log_probs, map_arrays(swap, after)
 
+    def check(self) -> None:
+        """Raise ValueError unless each part takes what the one before it gives."""
+        parts = {"embedding": self.embedding.embedding_dim, "output": self.output.in_features}
+        for (name, size), expected in zip(parts.items(), (self.rnn.input_size, self.rnn.output_size)):
+            dtype = getattr(self, name).dtype
+            if size != expected or dtype != self.rnn.dtype:
+                raise ValueError(
+                    f"step: expected an {name} of {expected} features and dtype {self.rnn.dtype} beside {self.rnn}, "
+                    f"got {size} and {dtype}"
+                )
+        if self.embedding.num_embeddings < self.output.out_features:
+            raise ValueError(
+                f"step: expected an embedding of {self.output.out_features} tokens, got {self.embedding.num_embeddings}"
+            )
+
     @property
     def compiled(self) -> bool:
         """Whether the kernels have a loop for it."""
@@ -240,11 +258,10 @@ class ModelSteps:
 
     def __init__(self, model: Parts, state: Any, bos: Any, width: int, max_length: int):
         rnn = model.rnn
+        model.check()
         self.starts, self.states = _model_state(model, state, bos)
         self.model, self.inputs, self.width = model, len(self.starts), width
         self.V, self.dtype = model.output.out_features, rnn.dtype
-        if model.embedding.num_embeddings < self.V:
-            raise ValueError(f"step: expected an embedding of {self.V} tokens, got {model.embedding.num_embeddings}")
         self.packed = rnn.packed
         self.output = model.output.parameters.derived("forward", model.output._pack_forward)
         self.embedding = model.embedding.parameters["weight"]
@@ -303,17 +320,17 @@ def _input_table(model: Parts, tokens: int) -> Array:
     rnn, embedding = model.rnn, model.embedding
     row = rnn._work_of_a_row - rnn.cell.H
     # It depends on the parameters of both.
-    kept: dict[int, Array] = rnn.parameters.derived("input table", dict)
-    version = embedding.parameters.version
-    table = None if embedding.parameters.writing else kept.get(version)
-    if table is None:
+    kept: dict[str, tuple[Any, int, Array]] = rnn.parameters.derived("input table", dict)
+    parameters = embedding.parameters
+    source, version, table = kept.get("last", (None, -1, None))
+    if table is None or source is not parameters or version != parameters.version or parameters.writing:
         if embedding.num_embeddings * row > LARGEST_TABLE or embedding.num_embeddings > 8 * tokens:
             return np.empty((0, row), rnn.dtype)
+        version = parameters.version
         table = batching.empty(embedding.num_embeddings * row, rnn.dtype).reshape(-1, row)
-        decode.input_table(rnn.packed, embedding.parameters["weight"], table)
-        kept.clear()
-        if not embedding.parameters.writing:
-            kept[version] = table
+        decode.input_table(rnn.packed, parameters["weight"], table)
+        if not parameters.writing:
+            kept["last"] = parameters, version, table
     return table
 
 

@@ -334,8 +334,17 @@ def load(path: str | os.PathLike[str]) -> LanguageModel:
     """
     arrays, metadata = read_file(path)
     model = from_metadata(metadata, path)
-    model.load_state_dict({n: a for n, a in arrays.items() if not n.startswith(CHECKPOINT_PREFIX)})
+    load_parameters(model, arrays, path)
     return model
+
+
+def load_parameters(model: Module, arrays: dict[str, Array], path: Any) -> None:
+    """A model's parameters from its file, which may be a checkpoint of a training."""
+    try:
+        model.load_state_dict({n: a for n, a in arrays.items() if not n.startswith(CHECKPOINT_PREFIX)})
+    except (KeyError, TypeError, ValueError) as error:
+        text = f"path: expected the parameters of a {type(model).__name__}, got {os.fspath(path)!r}: {error}"
+        raise ValueError(text) from error
 
 
 def from_metadata(metadata: dict[str, str], path: Any) -> LanguageModel:
@@ -353,5 +362,5 @@ def read_config(metadata: dict[str, str], path: Any) -> dict[str, Any]:
     """A model's class and arguments in its file's metadata. A file that names no cell is of LSTM layers."""
     try:
         return {"cell": "lstm", **json.loads(metadata["fastrnn"])}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"path: expected a model's file, got {os.fspath(path)!r}") from error

@@ -263,5 +263,5 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str,
     try:
         with safe_open(path, framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, TypeError, AttributeError) as error:  # the latter of numbers that NumPy does not have
         raise ValueError(f"path: expected a whole safetensors file, got {os.fspath(path)!r}: {error}") from error

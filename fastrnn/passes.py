@@ -124,7 +124,7 @@ def run_direction(
     def call(me: int, parties: int, barrier: Array) -> None:
         functions.forward(
             layer.record, x, h_0, s_0, packs[0], y, s_n, buffer, steps, chunks, most, mask_arrays, save,
-            sequences.share(me, parties, cell.H, dtype), barrier, multiply,
+            sequences.share(me, parties, cell.H, dtype, cell.spread), barrier, multiply,
         )  # fmt: skip
 
     batching.together(parties, call)

@@ -220,6 +220,7 @@ def _drawn(model: Any, search: Any, noise: Callable[..., Any]) -> tuple[Array, A
     last = search.parents[:, steps - 1], search.tokens[:, steps - 1]
     places = np.stack([np.where(search.log_probs > -np.inf, steps, 0), *last], -1)
     tokens, lengths = traced(search, places, search.eos)
-    ended = tokens == search.eos
-    lengths = np.where(ended.any(2), np.minimum(lengths, ended.argmax(2) + 1), lengths)
+    if tokens.size:
+        ended = tokens == search.eos
+        lengths = np.where(ended.any(2), np.minimum(lengths, ended.argmax(2) + 1), lengths)
     return tokens[..., : lengths.max()], lengths

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 CELLS: dict[str, Callable[..., Recurrent]] = {"rnn": RNN, "lstm": LSTM, "gru": GRU}
 # Sources that `translate` reads at once.
 TEXTS_AT_ONCE = 256
+# It rounds a text's length up to a multiple of this, for the longest translation, which depends on no other text.
+LENGTHS_AT_ONCE = 32
 
 
 class Encoded(NamedTuple):
@@ -372,17 +374,26 @@ class Seq2Seq(Module):
     def translate(self, texts: Sequence[str], beam_size: int = 8, **options: Any) -> list[str]:
         """The likeliest targets of texts, as texts: `beam_search` by way of the vocabularies.
 
+        Without ``max_length``, T_s stands for a text's length rounded up to a multiple of 32, whatever is beside it.
+
         Raises ValueError for a model without vocabularies, or a character that is not in them.
         """
         if self.source_vocabulary is None or self.target_vocabulary is None:
             raise ValueError(f"translate: expected a model with vocabularies, got {self!r}")
         if isinstance(texts, str) or not isinstance(texts, Sequence):
             raise TypeError(f"texts: expected a list of strings, got {describe(texts)}")
-        translations = []
-        for first in range(0, len(texts), TEXTS_AT_ONCE):
-            sources = pad([self.source_vocabulary.encode(text) for text in texts[first : first + TEXTS_AT_ONCE]])
-            for tokens in self.beam_search(*sources, beam_size=beam_size, **options).tokens[:, 0]:
-                translations.append(self.decode(tokens))
+        sources = [self.source_vocabulary.encode(text) for text in texts]
+        rounded = [-(-len(source) // LENGTHS_AT_ONCE) * LENGTHS_AT_ONCE for source in sources]
+        max_length, translations = options.pop("max_length", None), [""] * len(sources)
+        for size in sorted(set(rounded)):
+            places = [i for i, n in enumerate(rounded) if n == size]
+            for first in range(0, len(places), TEXTS_AT_ONCE):
+                some = places[first : first + TEXTS_AT_ONCE]
+                longest = 2 * size + 20 if max_length is None else max_length
+                given = pad([sources[i] for i in some])
+                found = self.beam_search(*given, beam_size=beam_size, max_length=longest, **options)
+                for i, tokens in zip(some, found.tokens[:, 0]):
+                    translations[i] = self.decode(tokens)
         return translations
 
     def decode(self, tokens: Any) -> str:
@@ -411,7 +422,7 @@ def load(path: str | os.PathLike[str]) -> "Seq2Seq | LanguageModel":
     except (KeyError, TypeError, ValueError) as error:
         text = f"path: expected the file of a LanguageModel or a Seq2Seq, got {os.fspath(path)!r}"
         raise ValueError(text) from error
-    model.load_state_dict({n: a for n, a in arrays.items() if not n.startswith(models.CHECKPOINT_PREFIX)})
+    models.load_parameters(model, arrays, path)
     return model
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from .checks import as_array, as_indices, as_seed, describe, integer, number, positive
 from .losses import cross_entropy
-from .models import CHECKPOINT_PREFIX, LanguageModel, read_config
+from .models import CHECKPOINT_PREFIX, LanguageModel, load_parameters, read_config
 from .optim import Optimizer, clip_grad_norm
 from .parameters import Array, read_file, write_file
 from .recurrent import Gradients
@@ -165,9 +165,15 @@ class Training:
         check_settings(read_config(metadata, path), {"class": type(self.model).__name__, **self.model.config}, path)
         check_settings(theirs, self.settings, path)
 
-        prefix = f"{CHECKPOINT_PREFIX}optimizer."
-        self.model.load_state_dict({n: a for n, a in arrays.items() if not n.startswith(CHECKPOINT_PREFIX)})
-        self.optimizer.load_state_dict({n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)})
+        prefix, before = f"{CHECKPOINT_PREFIX}optimizer.", self.model.state_dict()
+        load_parameters(self.model, arrays, path)
+        try:
+            kept = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+            self.optimizer.load_state_dict(kept)
+        except (KeyError, TypeError, ValueError) as error:
+            self.model.load_state_dict(before)
+            text = f"path: expected a checkpoint of {type(self.optimizer).__name__}, got {os.fspath(path)!r}: {error}"
+            raise ValueError(text) from error
         self.epoch, self.window = progress["epoch"], progress["window"]
         self._rng.bit_generator.state = progress["rng"]
         names = [f"{CHECKPOINT_PREFIX}state.{name}" for name in self.STATE_NAMES]
@@ -303,7 +309,7 @@ def read_settings(metadata: dict[str, str], path: Any) -> tuple[dict[str, Any], 
     try:
         training, _ = json.loads(metadata["training"]), metadata["fastrnn"]
         return dict(training["settings"]), dict(training["progress"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"path: expected a checkpoint of a training, got {os.fspath(path)!r}") from error
 
 

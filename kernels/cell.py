@@ -42,7 +42,8 @@ projection, ``masks`` is None, and less is compiled.
 
 Threads. ``share = (b0, b1, u0, u1, me, parties)`` is what a call does: rows b0 to b1 of the batch and units u0 L to
 u1 L, as number ``me`` of ``parties`` calls that run at once and meet at ``barrier`` (`barrier.meet`). Shares cut either
-the batch or the units (at multiples of W), not both. The bits do not depend on the cut.
+the batch or the units, not both: backward at multiples of W, forward between any panels of gates. The bits do not
+depend on the cut.
 
 ``multiply`` are `gemm.multiply_addresses` of the dtype.
 """

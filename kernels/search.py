@@ -37,8 +37,8 @@ CLOSED, OPEN, NOT_A_NUMBER, NOT_A_LOG_PROBABILITY = range(4)
 ROUNDING = 1e-3
 # So many numbers at once are compared with what a candidate has to exceed.
 BLOCK = 64
-# The smallest temperature by which a float32 can be divided.
-COLDEST = 1e-37
+# The smallest and the largest temperature by which a float32 can be divided.
+COLDEST, HOTTEST = 1e-37, 1e37
 
 COMMON = "tokens parents log_probs open starts eos min_length banned temperature normalise"
 # What calls that run at once share, and what each must have for itself. Other arrays have a part for each search.
@@ -59,13 +59,13 @@ def _fields(name: str, own: str) -> Any:
 #   penalties, reach float64 (T + 1) by length: what a finished hypothesis' log-probability is divided by, and the
 #                                    largest such number for what is yet longer
 #   enough                           close the search when so many hypotheses have ended
-#   ended int64 (S)                  how many have
+#   ended, taken int64 (S)           how many have, and the steps that the search has taken
 #   best_scores, best_log_probs float64 (S, R), best_places int64 (S, R, 3)
 #                                    the best finished hypotheses: length, parent and last token
 #   ranks, totals float64 (2 K), candidates int64 (2 K)    workspace
 Beam = _fields(
     "Beam",
-    "prefix groups diversity counts counted penalties reach enough ended "
+    "prefix groups diversity counts counted penalties reach enough ended taken "
     "best_scores best_log_probs best_places ranks totals candidates",
 )
 
@@ -109,7 +109,8 @@ def _cool(search, x, V):
         highest = highest_of(x, V)
         if highest > -np.inf:
             for j in range(0, V, lanes(x)):
-                store((load(at(x, j), V - j) - highest) / max(search.temperature, COLDEST), at(x, j), V - j)
+                cooled = (load(at(x, j), V - j) - highest) / min(max(search.temperature, COLDEST), HOTTEST)
+                store(cooled, at(x, j), V - j)
 
 
 @part
@@ -238,7 +239,7 @@ def beam(search, t, s, x, r):
                     if count == len(ranks):
                         least = ranks[count - 1]
 
-    kept, bound = 0, -np.inf
+    search.taken[s], kept, bound = t + 1, 0, -np.inf
     for i in range(count):
         k, v = candidates[i] // V, candidates[i] % V
         if v == search.eos:
@@ -328,14 +329,14 @@ def stochastic(search, t, s, x, r):
 
 
 @part
-def _sift(heap, n, i, weights):
-    """Let number i sink to where it belongs in a heap of n tokens, the one of the largest weight first."""
+def _sift(heap, n, i, x):
+    """Let number i sink to where it belongs in a heap of n tokens, the likeliest first."""
     token = heap[i]
     while 2 * i + 1 < n:
         child = 2 * i + 1
-        if child + 1 < n and _precedes(weights, heap[child + 1], heap[child]):
+        if child + 1 < n and _precedes(x, heap[child + 1], heap[child]):
             child += 1
-        if not _precedes(weights, heap[child], token):
+        if not _precedes(x, heap[child], token):
             break
         heap[i] = heap[child]
         i = child
@@ -343,13 +344,16 @@ def _sift(heap, n, i, weights):
 
 
 @part
-def _precedes(weights, a, b):
-    return weights[a] > weights[b] or (weights[a] == weights[b] and a < b)
+def _precedes(x, a, b):
+    return x[a] > x[b] or (x[a] == x[b] and a < b)
 
 
 @part
-def _likeliest(search, weights, V):
-    """Put the tokens that may be drawn at the end of ``search.heap``, backwards; how many, and their weight."""
+def _likeliest(search, x, weights, total, V):
+    """Put the tokens that may be drawn at the end of ``search.heap``, backwards; how many, and their weight.
+
+    total: of all weights.
+    """
     heap, top_k, top_p = search.heap, search.top_k, search.top_p
     n = 0
     for v in range(V):
@@ -358,17 +362,17 @@ def _likeliest(search, weights, V):
             n += 1
     most = min(n, top_k)
     for i in range(n // 2 - 1, -1, -1):
-        _sift(heap, n, i, weights)
+        _sift(heap, n, i, x)
     highest = weights[heap[0]] if n > 0 else 0.0
     # With both cuts, top_p is a part of the weight of all the top_k.
-    first, total = (most, 0.0) if top_k < V and top_p < 1 else (0, 1.0)
+    first, total = (most, 0.0) if top_k < V and top_p < 1 else (0, total)
     taken, kept, mass = 0, 0, 0.0
     while kept < most and (top_p == 1 or mass < top_p * total or taken < first):
         while taken <= kept or taken < first:
             token = heap[0]
             n -= 1
             heap[0] = heap[n]
-            _sift(heap, n, 0, weights)
+            _sift(heap, n, 0, x)
             taken += 1
             heap[V - taken] = token
             if taken <= first:
@@ -397,18 +401,19 @@ def draw(search, t, s, x, r):
         row = at(x, (r + k) * V)
         _forbid(search, t, row)
         _cool(search, row, V)
-        normaliser = log_sum_exp(row, V)
-        if _is_wrong(search, s, normaliser):
-            return
+        # Less the highest one, which is exact: less the logarithm of their sum, large numbers would be rounded.
+        highest, n, total = highest_of(row, V), V, 0.0
+        if not highest > -np.inf:
+            highest = 0.0
         for j in range(0, V, lanes(row)):
-            store(exp_nonpositive(load(at(row, j), V - j) - normaliser), at(weights, j), V - j)
+            store(exp_nonpositive(load(at(row, j), V - j) - highest), at(weights, j), V - j)
+        for v in range(V):
+            total += weights[v]
+        if _is_wrong(search, s, total):
+            return
         cut = search.top_k < V or search.top_p < 1 or search.min_p > 0
-        n, total = V, 0.0
         if cut:
-            n, total = _likeliest(search, weights, V)
-        else:
-            for v in range(V):
-                total += weights[v]
+            n, total = _likeliest(search, row, weights, total, V)
         token, point, mass = -1, search.noise[s, t % search.noise.shape[1], k] * total, 0.0
         for i in range(n):
             v = heap[V - 1 - i] if cut else i
@@ -421,7 +426,7 @@ def draw(search, t, s, x, r):
             search.log_probs[s, k] = -np.inf
             continue
         search.tokens[s, t, k] = token
-        search.log_probs[s, k] += min(row[token] - normaliser - math.log(total), 0.0)
+        search.log_probs[s, k] += min(row[token] - highest - math.log(total), 0.0)
         if token != search.eos and t + 1 < search.tokens.shape[1]:
             search.open[s] = OPEN
 

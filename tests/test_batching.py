@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT, in_a_fork
+from fastrnn.kernels.tile import VECS
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from oracle import assert_all_same_bits, assert_same_bits, everything, inputs, lengths_for, make
@@ -105,13 +106,15 @@ def test_shares_cover_everything_once(dtype):
         for H in (1, 17, 129, 300):
             for parties in range(1, batching.parties_for(1e9, B, H, dtype) + 1):
                 units = -(-H // batching.LANES_OF[dtype])
-                done = np.zeros((B, units), int)
-                for me in range(parties):
-                    b0, b1, u0, u1, _, _ = batching.share_of(me, parties, B, H, dtype)
-                    assert b0 < b1
-                    assert u0 < u1
-                    done[b0:b1, u0:u1] += 1
-                assert (done == 1).all(), (B, H, parties)
+                for vectors in (1, VECS):
+                    done = np.zeros((B, units), int)
+                    for me in range(parties):
+                        b0, b1, u0, u1, _, _ = batching.share_of(me, parties, B, H, dtype, vectors)
+                        assert b0 < b1
+                        assert u0 < u1
+                        assert u0 % vectors == 0
+                        done[b0:b1, u0:u1] += 1
+                    assert (done == 1).all(), (B, H, parties, vectors)
 
 
 def test_small_work_is_not_cut(monkeypatch, shares):

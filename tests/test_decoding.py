@@ -332,6 +332,20 @@ def test_states_of_any_structure_follow_their_hypotheses(rng):
     assert start["pair"].left.any() == False  # noqa: E712
 
 
+def test_steps_that_were_not_taken_are_zeros_in_the_trellis():
+    table = np.full((2, 3, 3), -1.0)
+    table[0] = [-5, -5, -0.01]  # it ends at once
+    found = fastrnn.beam_search(
+        lambda tokens, n: (table[n, tokens], n), np.arange(2), bos=0, eos=2, beam_size=4, groups=2, num_return=2,
+        max_length=4, return_trellis=True,
+    )  # fmt: skip
+    tokens, pointers = found.trellis
+    assert pointers[0, 0].tolist() == [0, 0, 2, 2]
+    assert not pointers[0, 1:].any()
+    assert not tokens[0, 1:].any()
+    assert (pointers[1, :, 2:] >= 2).all()
+
+
 def test_the_trellis_holds_the_sequences():
     model = Toy(4, 5, 3)
     for groups in (1, 2):
@@ -551,6 +565,37 @@ def test_changed_parameters_are_seen():
             arrays[name][:] += 0.5
             after = model.beam_search(state, **options)
             assert_same_bits(after.scores, fastrnn.beam_search(model.step, batch_first(state), **options).scores)
+
+
+def test_each_embedding_is_its_own():
+    """All of them begin with the same version."""
+    rnn, output, options = LSTM(4, 16, seed=1), Linear(16, 7, seed=2), {"eos": None, "beam_size": 3, "max_length": 8}
+    embeddings = [Embedding(7, 4, seed=seed) for seed in (3, 4, 3)]
+    found = [fastrnn.beam_search(Parts(part, rnn, output), bos=0, **options).scores for part in embeddings]
+    nothing = (np.zeros((1, 1, 16), np.float32),) * 2
+    for scores, part in zip(found, embeddings):
+        step = Parts(part, rnn, output).step
+        assert_same_bits(scores, fastrnn.beam_search(step, nothing, bos=[0], **options).scores)
+    assert found[0] == found[2] != found[1]
+
+
+@pytest.mark.parametrize(
+    ("embedding", "output", "message"),
+    [
+        (
+            Embedding(7, 4),
+            Linear(16, 7),
+            "an embedding of 8 features and dtype float32 beside .*, got 4 and",
+        ),
+        (Embedding(7, 8, np.float64), Linear(16, 7), "an embedding of 8 features and dtype .*, got 8 and float64"),
+        (Embedding(7, 8), Linear(9, 7), "an output of 16 features and dtype float32 beside LSTM.*, got 9 and float32"),
+        (Embedding(7, 8), Linear(16, 7, dtype=np.float64), "an output of 16 features .*, got 16 and float64"),
+        (Embedding(6, 8), Linear(16, 7), "an embedding of 7 tokens, got 6"),
+    ],
+)
+def test_parts_that_do_not_fit(embedding, output, message):
+    with pytest.raises(ValueError, match=f"step: expected {message}"):
+        fastrnn.greedy(Parts(embedding, LSTM(8, 16), output), bos=0, eos=None, max_length=3)
 
 
 def test_layers_without_a_step_in_place_decode_too():
@@ -797,6 +842,24 @@ def returns(log_probs, state=None):
     return lambda tokens, _: (log_probs, state)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("decode", [search, draw])
+def test_what_is_no_number_is_reported_where_it_is_forbidden_too(decode, temperature):
+    constraints = Constraints(allowed=lambda n, tokens: [0])
+    for odd in np.nan, np.inf:
+
+        def step(tokens, state, odd=odd):
+            return np.tile([-0.5, odd], (len(tokens), 1)), state
+
+        with pytest.raises(FloatingPointError, match="step: expected log-probabilities, got NaN or infinity"):
+            decode(step, constraints=constraints, temperature=temperature)
+
+
+@pytest.mark.parametrize("prefix", [[], (), np.empty(0, int), [[]]])
+def test_an_empty_prefix_is_none(prefix):
+    assert_same_bits(search(prefix=prefix).scores, search().scores)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -839,6 +902,8 @@ def returns(log_probs, state=None):
         (lambda: search(prefix=[0, 0, 0, 0]), ValueError, "prefix: expected at most max_length, 3, tokens, got 4"),
         (lambda: search(prefix=[1]), ValueError, "prefix: expected tokens that are not eos, 1"),
         (lambda: search(prefix=[[0], [0]]), ValueError, "prefix: expected tokens, or 1 lists of them, got 2 lists"),
+        (lambda: search(prefix=3), TypeError, "prefix: expected a list of tokens, or one for each input, got 3"),
+        (lambda: search(prefix="01"), TypeError, "prefix: expected a list of tokens, or one for each input, got '01'"),
         (lambda: search(prefix=[2]), ValueError, "prefix: expected indices from 0 to 1, got 2"),
         (lambda: search(return_trellis=1), TypeError, "return_trellis: expected True or False"),
         (lambda: stochastic(length_penalty=1), ValueError, "length_penalty: expected 0, .* sample .* got 1"),

@@ -232,6 +232,22 @@ def test_load_refuses_other_files(tmp_path):
         write_file(tmp_path / "other", {"a": np.ones(1)}, {"fastrnn": text})
         with pytest.raises(ValueError, match="path: expected a language model's file"):
             models.load(tmp_path / "other")
+    for text in ('{"a": ' * 100_000, "[" * 100_000):
+        write_file(tmp_path / "deep", {"a": np.ones(1)}, {"fastrnn": text})
+        with pytest.raises(ValueError, match="path: expected a language model's file"):
+            models.load(tmp_path / "deep")
+    lm = model()
+    for odd in np.float16, np.int64, bool:
+        arrays = {**lm.state_dict(), "embedding.weight": lm.embedding.weight.astype(odd)}
+        write_file(tmp_path / "odd", arrays, {"fastrnn": json.dumps({"class": "LanguageModel", **lm.config})})
+        with pytest.raises(
+            ValueError, match=r"path: expected the parameters of a LanguageModel, .* expected dtype float"
+        ):
+            models.load(tmp_path / "odd")
+    header = json.dumps({"a": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "bfloat16").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(ValueError, match="path: expected a whole safetensors file"):
+        models.load(tmp_path / "bfloat16")
     (tmp_path / "text").write_text("no model")
     with pytest.raises(ValueError, match="path: expected a whole safetensors file"):
         models.load(tmp_path / "text")

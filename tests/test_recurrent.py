@@ -45,7 +45,7 @@ def run(layer, x, before, gradients=None, parties=1, chunk=2, back=3):
     packs = packing.packs(layer, save)[0, 0]
 
     def forward(me, barrier):
-        share = batching.share_of(me, parties, B, cell.H, dtype)
+        share = batching.share_of(me, parties, B, cell.H, dtype, cell.spread)
         written = out["y"], out["s_n"], buffer
         layer.kernels.forward(
             layer.record,

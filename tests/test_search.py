@@ -42,6 +42,7 @@ def beams(S, K, V, dtype=np.float64, T=10, R=1, normalise=False, **fields):
             "reach": np.ones(T + 1),
             "enough": 10**9,
             "ended": np.zeros(S, np.int64),
+            "taken": np.zeros(S, np.int64),
             "best_scores": np.full((S, R), -np.inf),
             "best_log_probs": np.full((S, R), -np.inf),
             "best_places": np.zeros((S, R, 3), np.int64),
@@ -125,6 +126,7 @@ def test_the_best_candidates_are_those_that_sorting_finds(K, V, double, ties, fa
         assert search.parents[s, 3, :n].tolist() == [c[1] for c in open_]
         assert search.tokens[s, 3, :n].tolist() == [c[2] for c in open_]
         assert search.ended[s] == len(ended)
+        assert search.taken[s] == 4
         assert search.best_log_probs[s, : len(ended)].tolist() == [c[0] for c in ended]
         assert search.best_places[s, : len(ended)].tolist() == [[4, c[1], eos] for c in ended]
         assert (search.open[s] == kernels.OPEN) == (n > 0 and not (len(ended) == K and ended[-1][0] >= open_[0][0]))

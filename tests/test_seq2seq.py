@@ -364,6 +364,19 @@ def test_samples_follow_the_model():
     assert_same_bits(*seeded)
 
 
+def test_a_translation_is_the_same_beside_others():
+    """Also where it is cut off."""
+    model = Seq2Seq(2, 2, 4, 8, seed=0, source_vocabulary="01", target_vocabulary="ab")
+    bias = model.output.bias.copy()
+    bias[model.end] = -500
+    model.output.bias = bias
+    texts = ["1", "01" * 20, "", "1" * 32, "0"]
+    whole = model.translate(texts)
+    assert [model.translate([text])[0] for text in texts] == whole
+    assert [len(text) for text in whole] == [84, 148, 20, 84, 84]
+    assert model.translate(texts, max_length=None) == whole
+
+
 def test_translate_goes_by_the_vocabularies(monkeypatch):
     texts = ["0 1", "1", "", "100 1", "0"]
     model = Seq2Seq(3, 2, 4, 6, seed=1, source_vocabulary="01 ", target_vocabulary="ab")
