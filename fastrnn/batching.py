@@ -102,7 +102,7 @@ class _Pool:
                 taken.append(self.free.pop())
             except IndexError:
                 with self.lock:
-                    if self.closed or len(self.helpers) >= _num_threads - 1:
+                    if self.closed or len(self.helpers) >= get_num_threads() - 1:
                         break
                     try:
                         self.helpers.append(_Helper())
@@ -123,15 +123,16 @@ class _Pool:
 
 
 def _default_num_threads() -> int:
-    text = os.environ.get("FASTRNN_NUM_THREADS")
-    if text is None:
+    text = os.environ.get("FASTRNN_NUM_THREADS", "")
+    if not text.strip():
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if not text.isascii() or not text.strip().isdigit() or int(text) < 1:
         raise ValueError(f"FASTRNN_NUM_THREADS: expected a whole number of at least 1, got {text!r}")
     return int(text)
 
 
-_num_threads = _default_num_threads()
+# None until somebody asks: an environment that is wrong is no reason not to be imported.
+_num_threads: int | None = None
 _pool = _Pool()
 
 
@@ -160,7 +161,10 @@ def set_num_threads(n: int) -> None:
 
 
 def get_num_threads() -> int:
-    """How many threads a call may use."""
+    """How many threads a call may use. Raises ValueError if ``FASTRNN_NUM_THREADS`` is no number, and none was set."""
+    global _num_threads
+    if _num_threads is None:
+        _num_threads = _default_num_threads()
     return _num_threads
 
 
@@ -338,7 +342,7 @@ def full_chunks(T: int, B: int, rows: int) -> Array:
 
 def parties_for(work: float, batch: int, hidden: int, dtype: np.dtype) -> int:
     """How many threads a call of so many multiply-adds may use."""
-    if work < WORTH_A_THREAD or (threads := min(_num_threads, _most())) == 1:
+    if work < WORTH_A_THREAD or (threads := min(get_num_threads(), _most())) == 1:
         return 1
     return min(threads, max(batch // 4, -(-hidden // (VECS * LANES_OF[dtype]))))
 

@@ -109,7 +109,9 @@ def _add_generate(generate: argparse.ArgumentParser) -> None:
     generate.set_defaults(run=_generate)
     generate.add_argument("model", metavar="MODEL", help="a file that `fastrnn train` wrote")
     generate.add_argument(
-        "--prompt", help="how the text begins (default: a new line); of a model of a task: the source, such as 1234"
+        "--prompt",
+        help="how the text begins (default: a new line, or the first character that the model knows); of a model of a "
+        "task: the source, such as 1234",
     )
     generate.add_argument("--length", type=int, help="characters (default: 500); of a model of a task: at most so many")
     generate.add_argument(

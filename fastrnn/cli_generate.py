@@ -94,9 +94,9 @@ def _model_and_prompt(args: argparse.Namespace) -> tuple[LanguageModel | Seq2Seq
         raise ValueError(f"{args.model}: expected a model with a vocabulary, got one of tokens only")
     if args.prompt is None and isinstance(model, Seq2Seq):
         raise ValueError("--prompt: expected the source, as the model is not of one language, got none")
-    prompt = "\n" if args.prompt is None else args.prompt
-    if not prompt:
+    if args.prompt == "":
         raise ValueError("--prompt: expected at least one character, got ''")
+    prompt = args.prompt or ("\n" if "\n" in vocabulary.characters else vocabulary.characters[0])
     return model, prompt, vocabulary.encode(prompt)
 
 

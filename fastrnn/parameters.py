@@ -5,9 +5,11 @@ inside ``with module.parameters.writable() as arrays:``; each moves `Parameters.
 packed copy, is made anew. Writing to it from outside raises, where it would otherwise be silently ignored.
 """
 
+import hashlib
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -241,12 +243,24 @@ def write_file(path: str | os.PathLike[str], arrays: Mapping[str, Array], metada
 
 
 def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file beside ``path`` and move it there: whoever reads finds the old one or the new one."""
-    path = Path(path)
+    """Write a file beside ``path`` and move it there: whoever reads finds the old one or the new one.
+
+    What is no file, such as a pipe, is written to as it is.
+    """
+    path = Path(os.path.realpath(path))
+    exists = path.exists()
+    if exists:
+        with open(path, "r+b" if path.is_file() else "wb") as old:  # raises what writing to it would
+            if not path.is_file():
+                old.write(content)
+                return
     # Always the same name: what a killed process leaves behind, the next one writes over.
-    partial = path.with_name(f".{path.name}.partial")
+    name = os.fsencode(path.name)
+    partial = path.with_name(f".{path.name if len(name) < 240 else hashlib.sha256(name).hexdigest()}.partial")
     try:
         with open(partial, "wb") as file:
+            if exists:
+                shutil.copymode(path, partial)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -260,6 +274,8 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str,
     """The arrays and the metadata of a safetensors file."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"path: expected a safetensors file, found none at {os.fspath(path)!r}")
+    with open(path, "rb"):  # says why, if it cannot be read
+        pass
     try:
         with safe_open(path, framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -14,6 +14,7 @@ from conftest import ROOT
 
 from fastrnn import batching, models, seq2seq
 from fastrnn.cli import main
+from fastrnn.models import LanguageModel
 from fastrnn.tasks import TASKS
 from fastrnn.training import Trainer
 
@@ -252,6 +253,28 @@ def solver(tmp_path, capsys):
     out = tmp_path / "solver"
     assert run(["train", "--task", "reverse", *SMALL_TASK, "--out", out], capsys)[0] == 0
     return out
+
+
+@pytest.mark.parametrize("options", [[], ["--beam", 2], ["--beam", 2, "--json"]], ids=str)
+def test_without_a_prompt(options, model, tmp_path, capsys):
+    """A new line, and of a model that knows none its first character."""
+    for first, lm in {"\n": models.load(model), "é": LanguageModel(3, 4, 5, seed=0, vocabulary="éab")}.items():
+        lm.save(tmp_path / "lm")
+        code, stdout, _ = run(["generate", tmp_path / "lm", "--length", 5, *options], capsys)
+        assert code == 0
+        if "--json" in options:
+            assert json.loads(stdout)["prompt"] == first
+            assert stdout.isascii()
+        elif not options:
+            assert stdout.startswith(first)
+
+
+def test_a_wrong_number_of_threads_in_the_environment(capsys, monkeypatch):
+    monkeypatch.setattr(batching, "_num_threads", None)
+    monkeypatch.setenv("FASTRNN_NUM_THREADS", "two")
+    code, _, stderr = run(["info"], capsys)
+    assert code == 2
+    assert stderr == "fastrnn: error: FASTRNN_NUM_THREADS: expected a whole number of at least 1, got 'two'\n"
 
 
 def test_search_of_a_language_model(model, capsys):

@@ -85,6 +85,32 @@ def test_weights_may_be_given_for_inputs():
         load(model, weights={"W": given["W"].astype(float)})
 
 
+def test_initializers_that_are_inputs_are_defaults():
+    arrays = arrays_for("GRU", 4, 2, 3, 5, 1, names="WRB")
+    model = model_of("GRU", arrays)
+    zeros = np.zeros_like(arrays["initial_h"])
+    model.graph.initializer.append(numpy_helper.from_array(zeros, "initial_h"))
+    model.graph.input.append(info("R", arrays["R"], arrays["R"].shape))
+    graph = load(model)
+    assert (graph.inputs, graph.optional) == (("X",), ("initial_h",))
+    x, h = {"X": arrays["X"]}, {"initial_h": arrays["initial_h"]}
+    expected, from_zeros = operator("GRU", arrays), operator("GRU", arrays | {"initial_h": zeros})
+    for outputs in graph(x | h), graph(arrays["X"], **h), graph(x, **h), load(model, weights=h)(x):
+        assert_all_close_to(outputs, expected)
+    for outputs in graph(x), graph(arrays["X"]):
+        assert_all_close_to(outputs, from_zeros)
+    prepared = interop.prepare(model)
+    assert_all_close_to(dict(zip(graph.outputs, prepared.run(x | h))), expected)
+    assert_all_close_to(dict(zip(graph.outputs, prepared.run(x))), from_zeros)
+    # Of weights a layer is made.
+    with pytest.raises(TypeError, match=r"inputs: expected X, initial_h; missing \[\], not known \['R'\]"):
+        graph(x, R=arrays["R"])
+    doubled = {"R": 2 * arrays["R"]}
+    assert_all_close_to(load(model, weights=doubled)(x | h), operator("GRU", arrays | doubled))
+    with pytest.raises(ValueError, match="initial_h"):
+        graph(x, initial_h=h["initial_h"][..., :1])
+
+
 def test_graphs_are_called_in_three_ways():
     arrays = arrays_for("RNN", 4, 2, 3, 5, 1)
     graph = load(model_of("RNN", arrays))
@@ -317,7 +343,7 @@ def test_models_without_recurrent_nodes_and_other_wrong_ones():
 
 RECURRENT = r"^test_(lstm|gru|rnn|simple_rnn)_"
 # What no model says beforehand: inputs that are no tensors, training, types that NumPy lacks, the maximum of nothing.
-BEYOND = ("_sequence", "_opt", "training_dropout", "cast_", "castlike_", "reduce_max_empty_set")
+BEYOND = ("_sequence", "_opt", "training_dropout", "cast_", "castlike_")
 
 
 @pytest.fixture(scope="module")
@@ -362,6 +388,11 @@ def test_operators_without_such_tests():
     np.testing.assert_array_equal(y, np.array([0, -1, 3]), strict=True)
     (y,) = interop.run_node(helper.make_node("Not", ["x"], ["y"]), [x > 0])
     np.testing.assert_array_equal(y, [True, True, False])
+    for dtype, least in ((np.float32, -np.inf), (np.int32, np.iinfo(np.int32).min), (bool, False)):
+        (y,) = interop.run_node(
+            helper.make_node("ReduceMax", ["x", "axes"], ["y"], keepdims=0), [np.empty((0, 2), dtype), np.array([0])]
+        )
+        np.testing.assert_array_equal(y, np.array([least] * 2, dtype), strict=True)
     for wrong in (TensorProto.BFLOAT16, TensorProto.STRING):
         with pytest.raises(NotImplementedError, match="expected to cast to one of NumPy's types of real numbers"):
             interop.run_node(helper.make_node("Cast", ["x"], ["y"], to=wrong), [x])

@@ -613,3 +613,11 @@ def test_wrong_calls(call, error, message):
 
 def fit(**options):
     return RNNRegressor(**options).fit(X, numbers)
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-200, 1.0, 1e160, 1e300])
+def test_targets_of_any_size(size):
+    """Squares of which may be no numbers."""
+    X = np.random.default_rng(0).standard_normal((40, 5, 2))
+    fitted = [RNNRegressor(**QUICK).fit(X, X[:, -1, 0] * s) for s in (1.0, size)]
+    np.testing.assert_allclose(fitted[1].predict(X) / size, fitted[0].predict(X), rtol=1e-4, atol=1e-6)

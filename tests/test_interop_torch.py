@@ -395,6 +395,30 @@ def test_a_graph_is_freed_and_kept_as_pytorchs():
         y.sum().backward()
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRUCell"])
+def test_a_batch_of_gradients_is_refused(kind):
+    _, ours = pair(kind, 3, 5)
+    x = torch.ones(4, 2, 3)[0 if "Cell" in kind else slice(None)].clone().requires_grad_()
+    y = ours(x)[0].flatten()
+    with pytest.raises(NotImplementedError, match="expected tensors of numbers, got a batch of them"):
+        torch.autograd.grad(y, x, torch.eye(y.numel()), is_grads_batched=True)
+
+
+class Tagged(torch.Tensor):
+    """As programs have them that attach something to tensors."""
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRUCell"])
+def test_subclasses_of_tensors_stay_what_they_are(kind):
+    theirs, ours = pair(kind, 3, 5)
+    x = torch.ones(2, 3).as_subclass(Tagged)
+    y, expected = ours(x), theirs(x)
+    y, expected = (y[0], expected[0]) if kind == "LSTM" else (y, expected)
+    assert type(y) is type(expected) is Tagged
+    assert_close(y, expected)
+    assert type(ours(torch.nn.Parameter(torch.ones(2, 3)))[0]) is torch.Tensor
+
+
 def test_a_second_derivative_is_refused():
     _, ours = pair("LSTM", 3, 5)
     x = torch.ones(4, 2, 3, requires_grad=True)

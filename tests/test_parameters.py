@@ -266,6 +266,60 @@ def test_a_file_has_the_usual_permissions(lstm, tmp_path):
     assert (tmp_path / "model").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
+def test_a_file_keeps_its_permissions(lstm, tmp_path):
+    path = tmp_path / "model"
+    lstm.save(path)
+    path.chmod(0o600)
+    other(lstm).save(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert_same_state(fastrnn.LSTM(3, 5, 2, dtype=lstm.dtype).load(path).state_dict(), other(lstm).state_dict())
+
+
+def test_a_link_stays_a_link(lstm, tmp_path):
+    for target in ("model", "there/is/none/yet"):
+        (tmp_path / target).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(target)
+        lstm.save(tmp_path / "link")
+        assert (tmp_path / "link").is_symlink()
+        assert_same_state(
+            fastrnn.LSTM(3, 5, 2, dtype=lstm.dtype).load(tmp_path / target).state_dict(), lstm.state_dict()
+        )
+
+
+def test_what_is_no_file_is_written_to(lstm, tmp_path):
+    """And not replaced by one."""
+    lstm.save(tmp_path / "model")
+    os.mkfifo(tmp_path / "pipe")
+    read = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_bytes()), daemon=True)
+    reader.start()
+    lstm.save(tmp_path / "pipe")
+    reader.join(30)
+    assert read == [(tmp_path / "model").read_bytes()]
+    assert (tmp_path / "pipe").is_fifo()
+    with pytest.raises(IsADirectoryError):
+        lstm.save(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "漢" * 85])
+def test_the_longest_names(name, lstm, tmp_path):
+    lstm.save(tmp_path / name)
+    assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
+def test_forbidden_files(lstm, tmp_path):
+    path = tmp_path / "model"
+    lstm.save(path)
+    path.chmod(0o400)
+    with pytest.raises(PermissionError):
+        lstm.save(path)
+    path.chmod(0)
+    with pytest.raises(PermissionError):
+        lstm.load(path)
+
+
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 100, -1, -100])
 def test_a_truncated_file_is_refused(size, lstm, tmp_path):
     path = tmp_path / "model"

@@ -60,18 +60,20 @@ class Graph:
     ``layers`` has the recurrent nodes' layers by the nodes' names, made unique: `fastrnn.RNN`, `fastrnn.LSTM` and
     `fastrnn.GRU`; an `EquationsLayer`, slower and for inference only, for options that these lack; either inside a
     `Reversed` for a node of direction "reverse". All are called ``layer(x, state, lengths)``. ``inputs`` and
-    ``outputs`` are the graph's names, ``unsupported`` the nodes of other operators, with which it cannot be called.
+    ``outputs`` are the graph's names, ``optional`` those of inputs that have a default, an initializer, and
+    ``unsupported`` the nodes of other operators, with which it cannot be called.
     """
 
     def __init__(self, model: onnx.ModelProto, weights: Mapping[str, Any] | None = None):
         graph = model.graph
         self.outputs = tuple(value.name for value in graph.output)
         self._constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-        self._inputs = {value.name: value for value in graph.input if value.name not in self._constants}
+        self._inputs = {value.name: value for value in graph.input}
         for name, value in (weights or {}).items():
             self._constants[name] = self._checked(name, value).copy()
-            del self._inputs[name]
-        self.inputs = tuple(self._inputs)
+        self.inputs = tuple(name for name in self._inputs if name not in self._constants)
+        # Of these, layers or constants are made, once.
+        fixed = set(weights or {})
         self.layers: dict[str, Layer] = {}
         self._nodes: list[Node | RecurrentNode] = []
         unsupported = [f"sparse initializer {tensor.values.name}" for tensor in graph.sparse_initializer]
@@ -81,10 +83,12 @@ class Graph:
             if node.op in INPUTS:
                 recurrent = RecurrentNode(node, self._constants)
                 self.layers[node.name] = recurrent.layer
+                fixed |= {*node.inputs} - {*recurrent.inputs}
                 self._nodes.append(recurrent)
             elif node.op not in OPERATORS or (opset < FIRST_OPSET and node.op != "Constant"):
                 unsupported.append(f"{node}" + f" of opset {opset}" * (node.op in OPERATORS))
             elif all(name in self._constants for name in node.inputs if name):
+                fixed |= {*node.inputs}
                 try:
                     _run(node, self._constants)
                 except NotImplementedError as error:
@@ -92,6 +96,7 @@ class Graph:
             else:
                 self._nodes.append(node)
         self.unsupported = tuple(unsupported)
+        self.optional = tuple(name for name in self._inputs if name not in fixed and name not in self.inputs)
         self._unread = _unread(self._nodes, self.outputs)
         read = {*self.outputs, *(name for node in self._nodes for name in node.inputs)}
         self._constants = {name: array for name, array in self._constants.items() if name in read}
@@ -104,7 +109,7 @@ class Graph:
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Array]:
         """The outputs by name, in the graph's order.
 
-        Inputs are given in the graph's order, by keywords, or as one mapping by name.
+        Inputs are given in the graph's order, without the optional ones, by keywords, or as one mapping by name.
 
         Raises NotImplementedError if the graph has nodes of operators that are not supported, TypeError or ValueError
         for inputs that are missing, not known, or of a wrong dtype or shape.
@@ -135,10 +140,11 @@ class Graph:
             raise TypeError(f"inputs: expected each once, got {', '.join(twice)} twice")
         given |= kwargs
         missing = [name for name in self.inputs if name not in given]
-        unknown = [str(name) for name in given if name not in self._inputs]
+        known = (*self.inputs, *self.optional)
+        unknown = [str(name) for name in given if name not in known]
         if missing or unknown:
-            raise TypeError(f"inputs: expected {', '.join(self.inputs)}; missing {missing}, not known {unknown}")
-        return {name: self._checked(name, given[name]) for name in self.inputs}
+            raise TypeError(f"inputs: expected {', '.join(known)}; missing {missing}, not known {unknown}")
+        return {name: self._checked(name, given[name]) for name in known if name in given}
 
     def _checked(self, name: str, value: Any) -> Array:
         """What is given for an input, as an array of the dtype and shape that the graph declares."""
@@ -163,7 +169,8 @@ def load(path_or_model: str | os.PathLike[str] | onnx.ModelProto, *, weights: Ma
     Args:
         path_or_model: a file, or a model that the package onnx has read or made.
         weights: arrays by name for those of the graph's inputs that its recurrent nodes take for weights. Other
-            models' weights are in the file: initializers, or computed from such.
+            models' weights are in the file: initializers, or computed from such; where these are inputs, too, arrays
+            given here take their place.
 
     Every option of the recurrent operators is supported, of every operator set, in float32 and float64. A sequence of
     length 0 keeps its initial state; the specification says nothing of it. Returns a `Graph`.

@@ -109,6 +109,12 @@ def _reduction(function: Callable[..., Array]) -> Callable[..., Array]:
     return operator
 
 
+def _maximum(x: Array, **options: Any) -> Array:
+    """Of nothing, the least number of the dtype."""
+    least = np.iinfo(x.dtype).min if x.dtype.kind in "iu" else False if x.dtype.kind == "b" else -np.inf
+    return np.asarray(np.max(x, initial=least, **options))
+
+
 def _argmax(node: Node, x: Array) -> Array:
     axis, keepdims = node.attributes.get("axis", 0), bool(node.attributes.get("keepdims", 1))
     if node.attributes.get("select_last_index", 0):
@@ -295,7 +301,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Max": _of_many(np.maximum),
     "Min": _of_many(np.minimum),
     "Pow": _power,
-    "ReduceMax": _reduction(np.max),
+    "ReduceMax": _reduction(_maximum),
     "ReduceMean": _reduction(np.mean),
     "ReduceSum": _reduction(np.sum),
     "Reshape": _reshape,

@@ -370,7 +370,9 @@ class RNNRegressor(RegressorMixin, RecurrentEstimator):  # type: ignore[misc]
             raise ValueError(f"y: expected shape (N,) or (N, K), got {y.shape}")
         columns = _numbers(y, "y", y.ndim, np.dtype(np.float64)).reshape(len(y), -1)
         mean = np.average(columns, 0, weights)
-        scale = np.sqrt(np.average((columns - mean) ** 2, 0, weights))
+        largest = np.abs(columns - mean).max(0)  # whose square may be no number
+        largest[largest == 0] = 1
+        scale = largest * np.sqrt(np.average(((columns - mean) / largest) ** 2, 0, weights))
         scale[scale == 0] = 1
         attributes = {"y_mean_": mean, "y_scale_": scale} if y.ndim == 2 else {"y_mean_": mean[0], "y_scale_": scale[0]}
         return (columns - mean) / scale, columns.shape[1], attributes

@@ -169,8 +169,15 @@ class _Run(torch.autograd.Function):
             )
         tape = {key: buffer.numpy() for key, buffer in zip(ctx.keys, ctx.saved_tensors)}
         sums: dict[Any, Any] = {}
+        try:
+            gradients = ctx.form.back(d_outputs[0], d_outputs[1:])
+        except RuntimeError as error:
+            raise NotImplementedError(
+                "gradients: expected tensors of numbers, got a batch of them (is_grads_batched, vectorize): torch.nn's "
+                "own modules take one (see fastrnn.interop.torch.restore)"
+            ) from error
         with _torchs_threads():
-            dx, d_before = ctx.run_backward(*ctx.form.back(d_outputs[0], d_outputs[1:]), sums, tape)
+            dx, d_before = ctx.run_backward(*gradients, sums, tape)
         grads: Gradients = packing.named(ctx.layer, sums)
         arrays = dx, *d_before, *(grads[name] for name in ctx.layer.parameters)
         needed = ctx.needs_input_grad[4:]
@@ -296,7 +303,8 @@ def _states(kind: str, hx: Any) -> tuple[Tensor, ...] | None:
 def _is_torchs(x: Tensor) -> bool:
     """Whether PyTorch's own function is to run: where there is nothing to do, or more than to compute numbers."""
     return (
-        torch.compiler.is_compiling()
+        type(x) not in (Tensor, nn.Parameter)
+        or torch.compiler.is_compiling()
         or torch._C._is_tracing()
         or not x.is_cpu
         or x.numel() == 0
