@@ -241,8 +241,7 @@ def backward(
         r0, r1 = me * rows // parties, (me + 1) * rows // parties
         target = Panels(at(d_out.x, (steps[last] - 1 - r0) * I), W, -I)
         left = Left(at(d, r0 * W + cell.x.slot * L), W, 1, G, slab)
-        for p in range(PI):
-            product(multiply, p, p + 1, W, I, r1 - r0, nothing, target, left, w_ih, x_wide)
+        product(multiply, 0, PI, W, I, r1 - r0, nothing, target, left, w_ih, x_wide)
         start = (N - steps[last]) * W
         xs = Panels(at(buffer, at_xs + start), N * W, W)
         hs, ms = Panels(at(buffer, at_hs + start), N * W, W), Panels(at(buffer, at_ms + start), N * W, W)

@@ -13,7 +13,7 @@ from numba import types
 
 from .compiler import address_of, kernel, part, specialise
 from .tile import ROW_PANELS, ROWS, VECS, row_product, tile_product, tile_product_of_three, width
-from .vector import at, call, lanes, load_part, load_whole, store_part, store_whole, transpose
+from .vector import VECTOR_BYTES, at, call, lanes, load_part, load_whole, store_part, store_whole, transpose
 
 # Column j of row i of panel p lies at address + p * panel + i * row + j.
 # A row-major matrix is Panels(address, W, row length); one row for all is Panels(address, W, 0).
@@ -27,6 +27,9 @@ Left = namedtuple("Left", "address row k blocks block")
 # (j + rotate) % gates of a weight (gates * H, K).
 Window = namedtuple("Window", "slot count rotate")
 WHOLE, NOTHING = Window(0, 1, 0), Window(0, 0, 0)
+
+# Bytes of a panel that are read by all rows before those that follow: it and the rows' share stay in the second cache.
+LONG = 2**17
 
 
 @part
@@ -133,25 +136,36 @@ def _multiply(
 ):
     """The work of `product`, as a C function: compiled once for all kernels, which would each compile it again."""
     L = lanes(packed)
-    p = first
-    while p < last:
-        s, s_step = at(start, p * s_panel), s_row
-        c, c_step = at(target, p * c_panel), c_row
-        n, together = min(wide, N - p * wide), 1
-        vecs = _vectors(n, wide, L)
-        if M == 1 and vecs >= 3:
-            together = _together(min(last, N // wide) - p)
-        if together > 1:
-            n, s_step, c_step = together * wide, s_panel, c_panel
-        i = 0
-        for tiles in range((M + ROWS - 1) // ROWS, 0, -1):
-            # Tiles of nearly the same height: full ones and a thin rest would leave the rest slow.
-            rows = M - i if tiles == 1 else (M - i + tiles - 1) // tiles
-            a = Left(at(left, i * a_row), a_row, a_k, blocks, block)
-            si, ci = at(s, i * s_step), at(c, i * c_step)
-            tile(rows, vecs, together, n, si, s_step, ci, c_step, a, at(packed, p * p_panel), p_panel, p_row, K)
-            i += rows
-        p += together
+    # Of a long panel that several tiles read, so much at once as stays near the CPU, for all panels; then the next.
+    # The chain of each number's multiply-adds is the same.
+    most, length = LONG // (wide // L * VECTOR_BYTES), blocks * K
+    if M <= ROWS or length <= 2 * most:
+        most = length
+    several, rows_at_once = (max(1, most // K), K) if blocks > 1 else (1, most)
+    for q in range(0, blocks, several):
+        for k in range(0, K, rows_at_once):
+            some, count = min(several, blocks - q), min(rows_at_once, K - k)
+            p = first
+            while p < last:
+                s, s_step = at(start, p * s_panel), s_row
+                c, c_step = at(target, p * c_panel), c_row
+                if q + k > 0:
+                    s, s_step = c, c_step
+                n, together = min(wide, N - p * wide), 1
+                vecs = _vectors(n, wide, L)
+                if M == 1 and vecs >= 3:
+                    together = _together(min(last, N // wide) - p)
+                if together > 1:
+                    n, s_step, c_step = together * wide, s_panel, c_panel
+                i, b = 0, at(packed, p * p_panel + (q * K + k) * p_row)
+                for tiles in range((M + ROWS - 1) // ROWS, 0, -1):
+                    # Tiles of nearly the same height: full ones and a thin rest would leave the rest slow.
+                    rows = M - i if tiles == 1 else (M - i + tiles - 1) // tiles
+                    a = Left(at(left, i * a_row + q * block + k * a_k), a_row, a_k, some, block)
+                    si, ci = at(s, i * s_step), at(c, i * c_step)
+                    tile(rows, vecs, together, n, si, s_step, ci, c_step, a, b, p_panel, p_row, count)
+                    i += rows
+                p += together
 
 
 _multiply_any = specialise(_multiply, __name__, "_multiply_any", tile=tile_product)

@@ -6,7 +6,7 @@ import pytest
 from fastrnn.kernels import gemm
 from fastrnn.kernels.gemm import NOTHING, WHOLE, Left, Panels, Window, multiply_addresses
 from fastrnn.kernels.tile import ROWS, VECS
-from fastrnn.kernels.vector import LANES_OF, at
+from fastrnn.kernels.vector import LANES_OF, VECTOR_BYTES, at
 from oracle import assert_close, assert_same_bits
 
 
@@ -96,6 +96,16 @@ def exact(start, left, right):
     return start.astype(np.float64) + left.astype(np.float64) @ right.astype(np.float64)
 
 
+def row_by_row(start, left, right, vecs=VECS):
+    rows = range(len(left))
+    return np.concatenate([product(start[i : i + 1], left[i : i + 1], right, vecs=vecs) for i in rows])
+
+
+def rows_of_a_long_panel(vecs):
+    """The most that are not read piece by piece."""
+    return 2 * (gemm.LONG // (vecs * VECTOR_BYTES))
+
+
 @pytest.mark.parametrize("M", [1, 2, ROWS, ROWS + 1, 13, 49])
 @pytest.mark.parametrize("N", [1, 9, 17, 47, 64, 65, 259])
 @pytest.mark.parametrize("K", [1, 3, 33])
@@ -156,13 +166,15 @@ def test_target_may_be_its_own_start(M, dtype):
 @pytest.mark.parametrize("M", [1, 5, 20])
 @pytest.mark.parametrize("order", ["tight", "gaps", "backwards"])
 @pytest.mark.parametrize("used", [1, VECS])
-def test_all_factors_in_panels(M, order, used, dtype):
+@pytest.mark.parametrize("long", [False, True])
+def test_all_factors_in_panels(M, order, used, long, dtype):
     """As the backward pass multiplies gates' gradients: of each panel a few vectors, the last row first in memory."""
     W, wide = width(dtype), used * LANES_OF[dtype]
-    start, left, right = matrices(M, 2 * W, 3 * wide, dtype)
-    a = np.full((3, M, W), np.nan, dtype)
+    blocks = rows_of_a_long_panel(VECS) // wide + 2 if long else 3
+    start, left, right = matrices(M, 2 * W, blocks * wide, dtype)
+    a = np.full((blocks, M, W), np.nan, dtype)
     a[:, :, :wide] = to_panels(left, wide)
-    a, a_first, a_panel, a_row = laid_out(a.swapaxes(0, 1).reshape(M, 3 * W), order)
+    a, a_first, a_panel, a_row = laid_out(a.swapaxes(0, 1).reshape(M, blocks * W), order)
     starts, targets = laid_out(start, order), laid_out(np.full_like(start, 123), order)
     # The right factor's rows are those of all three blocks, one after the other.
     packed = laid_out(right, order)
@@ -175,13 +187,25 @@ def test_all_factors_in_panels(M, order, used, dtype):
         M,
         starts,
         targets,
-        (a, a_first, a_row, 1, 3, a_panel),
+        (a, a_first, a_row, 1, blocks, a_panel),
         packed,
         wide,
     )
-    wanted = laid_out(product(start, left, right), order)[0]
+    wanted = laid_out(row_by_row(start, left, right), order)[0]
     assert_same_bits(targets[0][~np.isnan(wanted)], wanted[~np.isnan(wanted)])
     assert np.isnan(targets[0][np.isnan(wanted)]).all()
+
+
+@pytest.mark.parametrize("M", [ROWS, ROWS + 1, 20])
+@pytest.mark.parametrize("vecs", [1, 3, VECS])
+@pytest.mark.parametrize("more", [0, 1, 37])
+def test_long_panels_give_the_same_bits(M, vecs, more, dtype):
+    """Several tiles read them piece by piece, and a single row as a whole."""
+    start, left, right = matrices(M, 2 * vecs * LANES_OF[dtype] + 3, rows_of_a_long_panel(vecs) + more, dtype)
+    whole = product(start, left, right, vecs=vecs)
+    assert_same_bits(whole, row_by_row(start, left, right, vecs))
+    assert_close(whole, exact(start, left, right))
+    assert_same_bits(product(start[0], left, right, vecs=vecs)[0], whole[0])
 
 
 @pytest.mark.parametrize("M", [1, 5, 20])
