@@ -27,13 +27,13 @@ SPILLS = {
     "skylake-avx512": {
         "lstm.forward float32": (0, 0), "lstm.backward float32": (23, 54), "lstm.step_of_arrays float32": (5, 32),
         "gru.forward float32": (0, 0), "gru.backward float32": (9, 10), "rnn.forward float32": (0, 0),
-        "lstm.forward float64": (0, 0), "_multiply_any float32": (14, 36), "_multiply_any float64": (10, 10),
+        "lstm.forward float64": (0, 0), "_multiply_any float32": (14, 27), "_multiply_any float64": (10, 10),
         "_multiply_three float32": (2, 4), "_multiply_three float64": (0, 0),
     },
     "haswell": {
-        "lstm.forward float32": (21, 28), "lstm.backward float32": (13, 18), "lstm.step_of_arrays float32": (28, 68),
+        "lstm.forward float32": (20, 25), "lstm.backward float32": (13, 18), "lstm.step_of_arrays float32": (28, 67),
         "gru.forward float32": (6, 6), "gru.backward float32": (8, 9), "rnn.forward float32": (2, 2),
-        "lstm.forward float64": (26, 45), "_multiply_any float32": (13, 47), "_multiply_any float64": (30, 59),
+        "lstm.forward float64": (25, 44), "_multiply_any float32": (13, 36), "_multiply_any float64": (30, 57),
         "_multiply_three float32": (4, 10), "_multiply_three float64": (3, 6),
     },
 }  # fmt: skip
