@@ -202,7 +202,7 @@ def _prefix(prefix: Any, inputs: int, groups: int, longest: int, eos: int, V: in
     if prefix is None:
         return np.empty((inputs * groups, 0), np.int64)
     given = list(prefix) if isinstance(prefix, (list, tuple)) else as_array(prefix, "prefix")
-    if np.ndim(given) == 0:
+    if isinstance(given, np.ndarray) and given.ndim == 0:
         raise TypeError(f"prefix: expected a list of tokens, or one for each input, got {describe(prefix)}")
     one = len(given) == 0 or np.ndim(given[0]) == 0
     prefixes = [token_array(tokens, "prefix", V) for tokens in ([given] * inputs if one else given)]

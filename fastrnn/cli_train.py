@@ -181,6 +181,7 @@ def _diagnose(model: LanguageModel, tokens: Array, seed: int, file: str) -> None
     from .diagnostics import gradient_flow, plot_gradient_flow
 
     models = {"initialised": LanguageModel(**model.config, seed=seed), "trained": model}
+    print(f"measuring how far gradients reach, for {file}", file=sys.stderr)
     flows = {name: gradient_flow(m.rnn, m.embedding(tokens[:, None]), iterations=10) for name, m in models.items()}
     figure: Any = plot_gradient_flow(flows).figure
     figure.savefig(file, dpi=150)
