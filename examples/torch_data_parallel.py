@@ -48,6 +48,7 @@ def work(rank, args, port):
         distributed.all_reduce(mean)
         if rank == 0 and (update + 1) % 10 == 0:
             print(f"update {update + 1} loss {mean.item():.6f}", flush=True)
+    distributed.barrier()  # nobody goes while another one is still at work
     distributed.destroy_process_group()
 
 
