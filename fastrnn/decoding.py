@@ -197,10 +197,11 @@ class FunctionSteps:
         if t:
             goes_on &= search.tokens[:, t - 1] != search.eos
         for s, k in np.argwhere(goes_on):
-            if not x[s * K + k].max() < np.inf:  # also where it is forbidden
+            row = int(s * K + k)
+            if not x[row].max() < np.inf:  # also where it is forbidden
                 search.open[s] = kernels.NOT_A_NUMBER
                 continue
-            self.constraints.apply(int(s * K + k) // self.width, self.history[s * K + k], x[s * K + k])
+            self.constraints.apply(row // self.width, self.history[row], x[row])
 
 
 class Parts(NamedTuple):
@@ -228,9 +229,10 @@ class Parts(NamedTuple):
 
     def check(self) -> None:
         """Raise ValueError unless each part takes what the one before it gives."""
-        parts = {"embedding": self.embedding.embedding_dim, "output": self.output.in_features}
-        for (name, size), expected in zip(parts.items(), (self.rnn.input_size, self.rnn.output_size)):
-            dtype = getattr(self, name).dtype
+        for name, size, dtype, expected in (
+            ("embedding", self.embedding.embedding_dim, self.embedding.dtype, self.rnn.input_size),
+            ("output", self.output.in_features, self.output.dtype, self.rnn.output_size),
+        ):
             if size != expected or dtype != self.rnn.dtype:
                 raise ValueError(
                     f"step: expected an {name} of {expected} features and dtype {self.rnn.dtype} beside {self.rnn}, "

@@ -249,11 +249,12 @@ def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
     """
     path = Path(os.path.realpath(path))
     exists = path.exists()
+    if exists and not path.is_file():
+        path.write_bytes(content)
+        return
     if exists:
-        with open(path, "r+b" if path.is_file() else "wb") as old:  # raises what writing to it would
-            if not path.is_file():
-                old.write(content)
-                return
+        with open(path, "r+b"):  # says why, if it must not be written
+            pass
     # Always the same name: what a killed process leaves behind, the next one writes over.
     name = os.fsencode(path.name)
     partial = path.with_name(f".{path.name if len(name) < 240 else hashlib.sha256(name).hexdigest()}.partial")

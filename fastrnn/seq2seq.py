@@ -386,12 +386,11 @@ class Seq2Seq(Module):
         rounded = [-(-len(source) // LENGTHS_AT_ONCE) * LENGTHS_AT_ONCE for source in sources]
         max_length, translations = options.pop("max_length", None), [""] * len(sources)
         for size in sorted(set(rounded)):
+            options |= {"beam_size": beam_size, "max_length": 2 * size + 20 if max_length is None else max_length}
             places = [i for i, n in enumerate(rounded) if n == size]
             for first in range(0, len(places), TEXTS_AT_ONCE):
                 some = places[first : first + TEXTS_AT_ONCE]
-                longest = 2 * size + 20 if max_length is None else max_length
-                given = pad([sources[i] for i in some])
-                found = self.beam_search(*given, beam_size=beam_size, max_length=longest, **options)
+                found = self.beam_search(*pad([sources[i] for i in some]), **options)
                 for i, tokens in zip(some, found.tokens[:, 0]):
                     translations[i] = self.decode(tokens)
         return translations
