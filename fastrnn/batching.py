@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .checks import positive
-from .kernels.gemm import before_a_line
 from .kernels.tile import VECS
 from .kernels.vector import LANES_OF
 
@@ -365,12 +364,3 @@ def share_of(me: int, parties: int, batch: int, hidden: int, dtype: np.dtype, ve
     # The first party, which calls the others, has the most.
     first, last = -(-me * parts // parties), -(-(me + 1) * parts // parties)
     return 0, batch, first * vectors, min(units, last * vectors), me, parties
-
-
-def empty(count: int, dtype: np.dtype) -> NDArray[Any]:
-    """An uninitialised array; a large one begins on a cache line, so that no vector of it straddles two."""
-    if count < 4096:
-        return np.empty(count, dtype)
-    memory = np.empty(count + 64 // dtype.itemsize, dtype)
-    offset = before_a_line(memory)
-    return memory[offset : offset + count]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import batching
+from . import batching, memory
 from .checks import DTYPES, as_array, as_indices, as_kernel_array, describe, integer
 from .heads import Embedding, Linear
 from .kernels import decode
@@ -329,7 +329,7 @@ def _input_table(model: Parts, tokens: int) -> Array:
         if embedding.num_embeddings * row > LARGEST_TABLE or embedding.num_embeddings > 8 * tokens:
             return np.empty((0, row), rnn.dtype)
         version = parameters.version
-        table = batching.empty(embedding.num_embeddings * row, rnn.dtype).reshape(-1, row)
+        table = memory.empty(embedding.num_embeddings * row, rnn.dtype).reshape(-1, row)
         decode.input_table(rnn.packed, parameters["weight"], table)
         if not parameters.writing:
             kept["last"] = parameters, version, table

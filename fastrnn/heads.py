@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from . import batching
+from . import batching, memory
 from .checks import as_array, as_indices, as_kernel_array, as_seed, flag, float_dtype, positive
 from .kernels import linear as kernels
 from .kernels.gemm import multiply_addresses
@@ -125,7 +125,7 @@ class Linear(Module):
 
     def _pack_forward(self) -> Array:
         W = VECS * LANES_OF[self.dtype]
-        packed = batching.empty(self._panels(self.out_features) * W * (1 + self.in_features), self.dtype)
+        packed = memory.empty(self._panels(self.out_features) * W * (1 + self.in_features), self.dtype)
         bias = self.parameters["bias"] if self.config["bias"] else np.zeros(self.out_features, self.dtype)
         kernels.pack_forward(self.parameters["weight"], read_only(bias), packed)
         return packed
@@ -133,7 +133,7 @@ class Linear(Module):
     def _pack_backward(self) -> Array:
         W = VECS * LANES_OF[self.dtype]
         panels = self._panels(self.in_features) * self._panels(self.out_features)
-        packed = batching.empty(W + panels * W * W, self.dtype)
+        packed = memory.empty(W + panels * W * W, self.dtype)
         kernels.pack_backward(self.parameters["weight"], packed)
         return packed
 
@@ -153,7 +153,7 @@ class Linear(Module):
         M, W = len(x), VECS * LANES_OF[self.dtype]
         packed, multiply = self.parameters.derived("forward", self._pack_forward), multiply_addresses(self.dtype)
         y = np.empty((M, self.out_features), self.dtype)
-        xs = batching.empty(self._panels(self.in_features) * M * W if save else 0, self.dtype)
+        xs = memory.empty(self._panels(self.in_features) * M * W if save else 0, self.dtype)
 
         def call(me: int, parties: int, barrier: Array) -> None:
             kernels.forward(x, packed, y, xs, save, me, parties, barrier, multiply)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from . import batching
+from . import batching, memory
 from .batching import Sequences
 from .kernels import layer_norm as kernels
 from .kernels import linear
@@ -60,7 +60,7 @@ def _pack(layer: Any, k: int, d: int, backward: bool) -> kernels.Weights:
     def matrix(kind: str) -> Array:
         w = given[kind]
         N, K = -(-w.shape[0] // W) * W, -(-w.shape[1] // W) * W
-        packed = batching.empty(W + K * N if backward else N * (1 + w.shape[1]), dtype)
+        packed = memory.empty(W + K * N if backward else N * (1 + w.shape[1]), dtype)
         if backward:
             linear.pack_backward(w, packed)
         else:
@@ -115,7 +115,7 @@ def run_direction(
         m=B * H,
         scratch=parties * W,
     )
-    buffers = kernels.Buffers(*[batching.empty(size, dtype) for size in sizes])
+    buffers = kernels.Buffers(*[memory.empty(size, dtype) for size in sizes])
     h_0, s = before[0], after[-1]
     s[...] = before[-1]
 
@@ -136,7 +136,7 @@ def run_direction(
         parties = min(B, batching.parties_for(2 * work, B, H, dtype))
         R = sequences.largest(backs)
         sizes = kernels.Work(du=R * M, dv=R * M, dn=R * H, dp=R * P, dm=B * H, d_seen=B * P, scratch=parties * W)
-        space = kernels.Work(*[batching.empty(size, dtype) for size in sizes])
+        space = kernels.Work(*[memory.empty(size, dtype) for size in sizes])
         out = gradients(layer, sums, key, N, I, d_before)
         for d, d_n in zip((out.h_0, out.s_0), d_after):
             d[...] = d_n

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import batching
+from . import memory
 from .kernels import bptt
 from .kernels import cell as cells
 from .kernels.tile import VECS
@@ -45,7 +45,7 @@ def pack_all(layer: "Recurrent") -> tuple[Array, list[int]]:
     given = {key: weights(layer, *key) for key in layer._keys()}
     sizes = [cells.packed_layout.py_func(layer.cell, w.weight_ih.shape[1], VECS * L, L)[-1] for w in given.values()]
     offsets = [0, *np.cumsum(sizes).tolist()]
-    packed = batching.empty(offsets[-1], layer.dtype)
+    packed = memory.empty(offsets[-1], layer.dtype)
     for w, first, last in zip(given.values(), offsets, offsets[1:]):
         biases = w.bias_ih, w.bias_hh
         cells.pack_forward(layer.cell, w.weight_ih, w.weight_hh, *biases, w.weight_hr, w.peepholes, packed[first:last])
@@ -56,7 +56,7 @@ def pack_backward(layer: "Recurrent", k: int, d: int) -> Array:
     w = weights(layer, k, d)
     L = LANES_OF[layer.dtype]
     size = cells.packed_back_layout.py_func(layer.cell, w.weight_ih.shape[1], VECS * L, L)[-1]
-    packed = batching.empty(size, layer.dtype)
+    packed = memory.empty(size, layer.dtype)
     cells.pack_backward(layer.cell, w.weight_ih, w.weight_hh, w.weight_hr, w.peepholes, packed)
     return packed
 

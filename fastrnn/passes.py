@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import batching, layer_norm, packing
+from . import batching, layer_norm, memory, packing
 from .batching import Sequences
 from .checks import as_kernel_array
 from .kernels.tile import ROW_PANELS, VECS
@@ -115,7 +115,7 @@ def run_direction(
     parties = batching.parties_for(work, B, cell.H, dtype)
     most = sequences.largest(chunks)
     size = packing.buffer_size(cell, N, B, I, most, LANES_OF[dtype], save, parties)
-    buffer, multiply = batching.empty(size, dtype), layer.multiply
+    buffer, multiply = memory.empty(size, dtype), layer.multiply
     mask_arrays = kernel_masks(masks, key, dtype)
     if mask_arrays is None and cell.P != cell.H:
         mask_arrays = no_masks(dtype)
@@ -139,7 +139,7 @@ def run_direction(
         # Two buffers, so that one is filled while another thread still reads the other.
         buffers, L = min(parties, 2), LANES_OF[dtype]
         most = sequences.largest(backs)
-        space, fresh = batching.empty(packing.work_size(cell, B, most, buffers, L), dtype), key not in sums
+        space, fresh = memory.empty(packing.work_size(cell, B, most, buffers, L), dtype), key not in sums
         out = layer._packing.gradients(layer, sums, key, N, I, d_before)
         dh_n, ds_n = d_after[0], d_after[-1] if layer.STATES == 2 else out.s_0
 

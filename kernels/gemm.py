@@ -30,6 +30,8 @@ WHOLE, NOTHING = Window(0, 1, 0), Window(0, 0, 0)
 
 # Bytes of a panel that are read by all rows before those that follow: it and the rows' share stay in the second cache.
 LONG = 2**17
+# Numbers of a row that `pack` takes at once.
+PACKED_AT_ONCE = 256
 
 
 @part
@@ -210,17 +212,19 @@ def pack(w, window, gates, units, H, K, out):
     of the `Window` stand together, so that a panel holds all of these gates of its units; units past H are 0.
     """
     wide, V = window.count * units, lanes(out)
-    for i in range((H + units - 1) // units * wide):
-        p, g, l = i // wide, (i // units % window.count + window.rotate) % gates, i % units
-        exists = p * units + l < H
-        row = at(w, (g * H + p * units + l if exists else 0) * K)
-        target = at(out, p * K * wide + i % wide)
-        squares = K // V if p * units + l // V * V + V <= H else 0
-        if l % V == 0:
-            for k in range(0, squares * V, V):
-                transpose(at(row, k), K, at(target, k * wide), wide)
-        for k in range(squares * V, K):
-            target[k * wide] = row[k] if exists else 0
+    for p in range((H + units - 1) // units):
+        # So many numbers of some rows, of all gates: rows far apart pass more quickly a stretch at a time.
+        for first in range(0, K, PACKED_AT_ONCE):
+            last = min(first + PACKED_AT_ONCE, K)
+            for i in range(0, wide, V):
+                g, unit = (i // units + window.rotate) % gates, p * units + i % units
+                source, target = at(w, (g * H + unit) * K), at(out, p * K * wide + i)
+                squares = last - (last - first) % V if unit + V <= H else first
+                for k in range(first, squares, V):
+                    transpose(at(source, k), K, at(target, k * wide), wide)
+                for k in range(squares, last):
+                    for l in range(V):
+                        target[k * wide + l] = source[l * K + k] if unit + l < H else 0
 
 
 @part(inline=False)
@@ -232,19 +236,17 @@ def pack_transposed(w, window, gates, units, H, N, out):
     """
     W, wide = width(out), window.count * units
     rows = (H + units - 1) // units * wide
-    for p in range(panels(N, out)):
-        n = min(W, N - p * W)
-        for i in range(rows):
-            g, j = (i // units % window.count + window.rotate) % gates, i // wide * units + i % units
-            source = at(w, (g * H + j) * N + p * W if j < H else 0)
-            copy_row(source, at(out, (p * rows + i) * W), n if j < H else 0)
+    for i in range(rows):
+        g, unit = (i // units % window.count + window.rotate) % gates, i // wide * units + i % units
+        source = at(w, (g * H + unit) * N if unit < H else 0)
+        for p in range(panels(N, out)):
+            copy_row(at(source, p * W), at(out, (p * rows + i) * W), min(W, N - p * W) if unit < H else 0)
 
 
 @part(inline=False)
 def pack_rows(rows, N, source, target):
     """Copy a row-major matrix into panels. source: address of (rows, N). target: `Panels`, written, 0 past N."""
     W = width(source)
-    for p in range(panels(N, source)):
-        n = min(W, N - p * W)
-        for i in range(rows):
-            copy_row(at(source, i * N + p * W), at(target.address, p * target.panel + i * target.row), n)
+    for i in range(rows):
+        for p in range(panels(N, source)):
+            copy_row(at(source, i * N + p * W), at(target.address, p * target.panel + i * target.row), N - p * W)

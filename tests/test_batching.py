@@ -305,15 +305,6 @@ def test_a_closed_pool_gives_no_helpers(busy, pool):
     assert seen == [(0, 1)]
 
 
-def test_large_empty_arrays_begin_on_a_cache_line(dtype):
-    for count in (0, 1, 1000, 5000, 5001):
-        array = batching.empty(count, dtype)
-        assert array.shape == (count,)
-        assert array.dtype == dtype
-        assert array.flags.carray
-        assert count < 5000 or array.ctypes.data % 64 == 0
-
-
 # Sequences in rows.
 
 

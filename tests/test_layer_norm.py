@@ -22,7 +22,7 @@ from oracle import (
 )
 
 import fastrnn
-from fastrnn import batching, layer_norm, recurrent
+from fastrnn import batching, layer_norm, memory, recurrent
 
 NORMS = [case for case in CASES if "norm" in case]
 GUARD = 70  # more than a panel is wide
@@ -159,9 +159,9 @@ class GuardedNumpy:
         return self.empty(array.shape, array.dtype)
 
     def assert_untouched(self):
-        for memory in self.memories:
-            assert np.isnan(memory[:GUARD]).all()
-            assert np.isnan(memory[-GUARD:]).all()
+        for array in self.memories:
+            assert np.isnan(array[:GUARD]).all()
+            assert np.isnan(array[-GUARD:]).all()
 
 
 RANDOM = {"dropout": 0.5, "recurrent_dropout": 0.4, "zoneout": 0.3}
@@ -180,7 +180,7 @@ def test_memory(case, sizes, random, threads, dtype, monkeypatch, small_shares):
     guard = GuardedNumpy()
     for module in (layer_norm, recurrent):
         monkeypatch.setattr(module, "np", guard)
-    monkeypatch.setattr(batching, "empty", guard.empty)
+    monkeypatch.setattr(memory, "empty", guard.empty)
     layer.load_state_dict(layer.state_dict())  # the packed weights, too, are made anew
     batching.set_num_threads(threads)
     for o, results in zip(options, wanted):
