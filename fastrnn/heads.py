@@ -11,7 +11,7 @@ from .kernels import linear as kernels
 from .kernels.gemm import multiply_addresses
 from .kernels.tile import VECS
 from .kernels.vector import LANES_OF
-from .parameters import Array, Module, Parameters, read_only
+from .parameters import Array, Module, Parameters
 
 
 class Embedding(Module):
@@ -126,8 +126,7 @@ class Linear(Module):
     def _pack_forward(self) -> Array:
         W = VECS * LANES_OF[self.dtype]
         packed = memory.empty(self._panels(self.out_features) * W * (1 + self.in_features), self.dtype)
-        bias = self.parameters["bias"] if self.config["bias"] else np.zeros(self.out_features, self.dtype)
-        kernels.pack_forward(self.parameters["weight"], read_only(bias), packed)
+        kernels.pack_forward(self.parameters["weight"], self.parameters["bias"] if self.config["bias"] else 0, packed)
         return packed
 
     def _pack_backward(self) -> Array:

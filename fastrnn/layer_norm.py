@@ -19,7 +19,7 @@ from .kernels.gemm import multiply_addresses
 from .kernels.tile import VECS
 from .kernels.vector import LANES_OF
 from .masks import kernel_masks, no_masks
-from .parameters import Array, read_only
+from .parameters import Array
 
 # Rows whose input projections are computed at once, and over which gradients are gathered before the weights take them
 # up: few enough to be in the second-level cache still.
@@ -64,7 +64,7 @@ def _pack(layer: Any, k: int, d: int, backward: bool) -> kernels.Weights:
         if backward:
             linear.pack_backward(w, packed)
         else:
-            linear.pack_forward(w, read_only(np.zeros(len(w), dtype)), packed)
+            linear.pack_forward(w, 0, packed)
         return packed
 
     def stack(names: list[str], size: int) -> Array:
@@ -121,7 +121,7 @@ def run_direction(
 
     def call(me: int, parties: int, barrier: Array) -> None:
         functions.forward(
-            layer.record, x, h_0, s, packs[0], y, buffers, steps, chunks, mask_arrays, save,
+            layer.records, x, h_0, s, packs[0], y, buffers, steps, chunks, mask_arrays, save,
             sequences.share(me, parties, 1, dtype), barrier, multiply,
         )  # fmt: skip
 
@@ -143,7 +143,7 @@ def run_direction(
 
         def call(me: int, parties: int, barrier: Array) -> None:
             functions.backward(
-                layer.record, dy, packs[1], tape[key], out, space, steps, backs, mask_arrays, fresh,
+                layer.records, dy, packs[1], tape[key], out, space, steps, backs, mask_arrays, fresh,
                 sequences.share(me, parties, 1, dtype), barrier, multiply,
             )  # fmt: skip
 

@@ -39,42 +39,43 @@ def weights(layer: "Recurrent", k: int, d: int) -> SimpleNamespace:
     return SimpleNamespace(**given)
 
 
-def pack_all(layer: "Recurrent") -> tuple[Array, list[int]]:
-    """All weights as the forward kernels read them, and where each direction's begin, and the end."""
-    L = LANES_OF[layer.dtype]
-    given = {key: weights(layer, *key) for key in layer._keys()}
-    sizes = [cells.packed_layout.py_func(layer.cell, w.weight_ih.shape[1], VECS * L, L)[-1] for w in given.values()]
-    offsets = [0, *np.cumsum(sizes).tolist()]
-    packed = memory.empty(offsets[-1], layer.dtype)
-    for w, first, last in zip(given.values(), offsets, offsets[1:]):
-        biases = w.bias_ih, w.bias_hh
-        cells.pack_forward(layer.cell, w.weight_ih, w.weight_hh, *biases, w.weight_hr, w.peepholes, packed[first:last])
-    return packed, offsets
+def pack_all(layer: "Recurrent") -> Array:
+    """All weights as the forward kernels read them, where the layer's records say."""
+    packed = memory.empty(int(layer.records[-1]["packed"]["end"]), layer.dtype)
+    end, L = 0, LANES_OF[layer.dtype]
+    for key in layer._keys():
+        w = weights(layer, *key)
+        first, end = end, end + cells.packed_layout(layer.cell, w.weight_ih.shape[1], VECS * L, L).end
+        biases, out = (w.bias_ih, w.bias_hh), packed[first:end]
+        cells.pack_forward(layer.cell, w.weight_ih, w.weight_hh, *biases, w.weight_hr, w.peepholes, out)
+    return packed
 
 
 def pack_backward(layer: "Recurrent", k: int, d: int) -> Array:
+    """A direction's weights as the backward kernels read them."""
     w = weights(layer, k, d)
     L = LANES_OF[layer.dtype]
-    size = cells.packed_back_layout.py_func(layer.cell, w.weight_ih.shape[1], VECS * L, L)[-1]
-    packed = memory.empty(size, layer.dtype)
+    packed = memory.empty(cells.packed_back_layout(layer.cell, w.weight_ih.shape[1], VECS * L, L).end, layer.dtype)
     cells.pack_backward(layer.cell, w.weight_ih, w.weight_hh, w.weight_hr, w.peepholes, packed)
     return packed
 
 
-def packed_of(layer: "Recurrent") -> tuple[Array, list[int]]:
+def packed_of(layer: "Recurrent") -> Array:
     """`pack_all`, made once for a version of the parameters."""
     return layer.parameters.derived("forward", partial(pack_all, layer))
 
 
 def packs(layer: "Recurrent", save: bool) -> Packs:
-    """Each direction's weights as the kernels read them: forward and, if ``save``, backward."""
+    """Each direction's records and weights, as the kernels take them: forward and, if ``save``, backward."""
     return layer.parameters.derived(("packs", save), partial(_packs, layer, save))
 
 
 def _packs(layer: "Recurrent", save: bool) -> Packs:
-    packed, offsets = packed_of(layer)
-    forward = {key: packed[offsets[i] : offsets[i + 1]] for i, key in enumerate(layer._keys())}
-    return {key: (pack, pack_backward(layer, *key) if save else pack) for key, pack in forward.items()}
+    packed, packs = packed_of(layer), {}
+    for i, key in enumerate(layer._keys()):
+        records = layer.records[i:]
+        packs[key] = (records, packed), (records, pack_backward(layer, *key) if save else packed)
+    return packs
 
 
 def gradients(layer: "Recurrent", sums: Sums, key: Key, N: int, I: int, states: list[Array]) -> Any:
@@ -122,11 +123,16 @@ def _bias_places(cell: cells.Cell, L: int) -> tuple[Array, Array]:
     return places[0].ravel(), places[1].ravel()
 
 
-@lru_cache(1024)
-def work_size(cell: cells.Cell, B: int, rows: int, buffers: int, L: int) -> int:
-    return bptt.work_layout.py_func(cell, B, rows, buffers, VECS * L, L)[-1]
+# Where the parts of an array are, as kernels take it, and the array's size. What is returned must not be changed.
 
 
 @lru_cache(1024)
-def buffer_size(cell: cells.Cell, N: int, B: int, I: int, rows: int, L: int, save: bool, parties: int) -> int:
-    return cells.layout.py_func(cell, N, B, I, rows, VECS * L, L, save, parties)[-1]
+def buffer_layout(*shape: Any) -> tuple[Array, int]:
+    parts = cells.layout(*shape)
+    return np.array([parts], cells.record_of(cells.Buffer)), parts.end
+
+
+@lru_cache(1024)
+def work_layout(*shape: Any) -> tuple[Array, int]:
+    parts = bptt.work_layout(*shape)
+    return np.array([parts], cells.record_of(bptt.Work)), parts.end

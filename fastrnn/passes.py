@@ -114,8 +114,9 @@ def run_direction(
     work, save = N * cell.gates * cell.H * (I + cell.P), tape is not None
     parties = batching.parties_for(work, B, cell.H, dtype)
     most = sequences.largest(chunks)
-    size = packing.buffer_size(cell, N, B, I, most, LANES_OF[dtype], save, parties)
-    buffer, multiply = memory.empty(size, dtype), layer.multiply
+    L, multiply = LANES_OF[dtype], layer.multiply
+    parts, size = packing.buffer_layout(cell, N, B, I, most, VECS * L, L, save, parties)
+    buffer = memory.empty(size, dtype)
     mask_arrays = kernel_masks(masks, key, dtype)
     if mask_arrays is None and cell.P != cell.H:
         mask_arrays = no_masks(dtype)
@@ -123,7 +124,7 @@ def run_direction(
 
     def call(me: int, parties: int, barrier: Array) -> None:
         functions.forward(
-            layer.record, x, h_0, s_0, packs[0], y, s_n, buffer, steps, chunks, most, mask_arrays, save,
+            *packs[0], x, h_0, s_0, y, s_n, buffer, parts, steps, chunks, most, mask_arrays, save,
             sequences.share(me, parties, cell.H, dtype, cell.spread), barrier, multiply,
         )  # fmt: skip
 
@@ -131,22 +132,22 @@ def run_direction(
     after[0][...] = sequences.last(y, h_0)
     if tape is None:
         return None
-    tape[key] = buffer
+    tape[key] = buffer, parts
 
     def backward(dy: Array, d_after: list[Array], d_before: list[Array], sums: Sums, tape: Tape) -> Array:
         backs = sequences.chunks(ROWS_BACKWARD)
         parties = batching.parties_for(2 * work, B, cell.H, dtype)
         # Two buffers, so that one is filled while another thread still reads the other.
-        buffers, L = min(parties, 2), LANES_OF[dtype]
-        most = sequences.largest(backs)
-        space, fresh = memory.empty(packing.work_size(cell, B, most, buffers, L), dtype), key not in sums
+        buffers, most, fresh = min(parties, 2), sequences.largest(backs), key not in sums
+        work_parts, size = packing.work_layout(cell, B, most, buffers, VECS * L, L)
+        space = memory.empty(size, dtype)
         out = layer._packing.gradients(layer, sums, key, N, I, d_before)
         dh_n, ds_n = d_after[0], d_after[-1] if layer.STATES == 2 else out.s_0
 
         def call(me: int, parties: int, barrier: Array) -> None:
             functions.backward(
-                layer.record, dy, dh_n, ds_n, packs[1], tape[key], out, space, buffers, steps, chunks, backs, most,
-                mask_arrays, fresh, sequences.share(me, parties, cell.H, dtype), barrier, multiply,
+                *packs[1], dy, dh_n, ds_n, *tape[key], out, space, work_parts, buffers, steps, chunks,
+                backs, most, mask_arrays, fresh, sequences.share(me, parties, cell.H, dtype), barrier, multiply,
             )  # fmt: skip
 
         batching.together(parties, call)

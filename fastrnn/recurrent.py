@@ -71,7 +71,6 @@ class Recurrent(Module):
         seed: int | None,
         **options: Any,
     ):
-        self.record = np.array([self.cell], cells.RECORD)
         self.input_size = positive(input_size, "input_size")
         self.hidden_size = positive(hidden_size, "hidden_size")
         self.num_layers = positive(num_layers, "num_layers")
@@ -97,6 +96,8 @@ class Recurrent(Module):
             "zoneout": self.zoneout[0] if len(set(self.zoneout)) == 1 else self.zoneout,
             "dtype": self.dtype.name,
         }
+        L, inputs = LANES_OF[self.dtype], [self._inputs_of(k) for k, _ in self._keys()]
+        self.records = cells.records(self.cell, inputs, VECS * L, L)
         self._rng = np.random.default_rng(as_seed(seed))
         bound = self.hidden_size**-0.5
         arrays = {}
@@ -170,7 +171,7 @@ class Recurrent(Module):
     def _work_of_a_row(self) -> int:
         """Numbers of workspace that a step takes for each sequence."""
         L = LANES_OF[self.dtype]
-        return steps.step_size.py_func(self.cell, 1, VECS * L, L)
+        return steps.step_size(self.cell, 1, VECS * L, L)
 
     def stream(self, batch_size: int = 1) -> "Stream":
         """The layer as one that is fed one step at a time and remembers its state: a `fastrnn.streaming.Stream`."""
@@ -190,8 +191,7 @@ class Recurrent(Module):
         return self.parameters.derived("packed", self._make_packed)
 
     def _make_packed(self) -> steps.Packed:
-        packed, offsets = packing.packed_of(self)
-        return steps.Packed(self.record, np.array(offsets[:-1], np.int64), packed, self.multiply)
+        return steps.Packed(self.records, packing.packed_of(self), self.multiply)
 
     def new_state(self, batch_size: int = 1) -> steps.State:
         """A state of zeros, with workspace, that `fastrnn.kernels`' functions ``step`` change in place.

@@ -5,14 +5,15 @@ Every number of a gradient by weights is one sum over the rows, the last one fir
 """
 
 from collections import namedtuple
+from itertools import accumulate
 
 from .barrier import meet
-from .cell import geometry, layout, outputs_of, packed_back_layout, place
+from .cell import geometry, outputs_of, panels_of_gates, place
 from .compiler import part
 from .denormals import flush_denormals, restore_mode
 from .gemm import WHOLE, Left, Panels, load, panels, product, store, zeros
 from .tile import VECS, width
-from .vector import at, lanes
+from .vector import at, lanes, smaller
 
 # Panels of the right factor of a weight's gradient that stay in the second-level cache while the left one passes.
 PANELS_AT_ONCE = 4
@@ -30,12 +31,12 @@ def _weight_gradient(d, slab, rows, H, window, gates, units, N, source, dw, noth
     columns = U * window.count
     for item in range(me * P * columns // parties, (me + 1) * P * columns // parties):
         first = item // (PANELS_AT_ONCE * columns) * PANELS_AT_ONCE
-        at_once, rest = min(PANELS_AT_ONCE, P - first), item - first * columns
+        at_once, rest = smaller(PANELS_AT_ONCE, P - first), item - first * columns
         p, u, g = first + rest % at_once, rest // at_once // window.count, rest // at_once % window.count
         column = at(d, u * L // units * slab + u * L % units + g * L)
         target = Panels(at(dw, ((g + window.rotate) % gates * H + u * L) * N), W, N)
         start = nothing if fresh else target
-        product(multiply, p, p + 1, W, N, min(L, H - u * L), start, target, Left(column, 1, W, 1, 0), source, rows)
+        product(multiply, p, p + 1, W, N, smaller(L, H - u * L), start, target, Left(column, 1, W, 1, 0), source, rows)
 
 
 @part(inline=False)
@@ -55,18 +56,23 @@ def _column_sums(d, slab, rows, G, sums, fresh, me, parties):
         store(t_3, at(total, 3 * L), L)
 
 
-@part
+# Where the parts of `backward`'s workspace begin, and its end.
+Work = namedtuple("Work", "d dp dh direct dm ds end")
+
+
 def work_layout(cell, B, rows, buffers, W, L):
-    """Where d, dp, dh, direct, dm and ds begin in `backward`'s workspace, and its size. rows: of the largest chunk."""
-    U = (cell.H + L - 1) // L
-    G = U if cell.spread == 1 else (U + VECS - 1) // VECS
-    PH, PP = (cell.H + W - 1) // W, (cell.P + W - 1) // W
-    dp = buffers * G * rows * W
-    dh = dp + (buffers * PP * rows * W if cell.P != cell.H else 0)
-    direct = dh + PP * B * W
-    dm = direct + PP * B * W
-    ds = dm + (PH * B * W if cell.P != cell.H or cell.again.count > 0 else 0)
-    return 0, dp, dh, direct, dm, ds, ds + U * B * L
+    """rows: of the largest chunk."""
+    U, G, _ = panels_of_gates(cell, L)
+    PH, PP = -(-cell.H // W), -(-cell.P // W)
+    sizes = [
+        buffers * G * rows * W,
+        buffers * PP * rows * W if cell.P != cell.H else 0,
+        PP * B * W,
+        PP * B * W,
+        PH * B * W if cell.P != cell.H or cell.again.count > 0 else 0,
+        U * B * L,
+    ]
+    return Work(*accumulate(sizes, initial=0))
 
 
 Gradients = namedtuple("Gradients", "x h_0 s_0 w_ih w_hh w_hr b peepholes")
@@ -78,13 +84,15 @@ retreat = reset_backward = peephole_sums = None
 
 def backward(
     cells,
+    packed,
     dy,
     dh_n,
     ds_n,
-    packed,
     buffer,
+    buffer_parts,
     d_out,
     work,
+    work_parts,
     buffers,
     steps,
     chunks,
@@ -98,11 +106,11 @@ def backward(
 ):
     """Backpropagation through time. ``buffer``, as `forward` saved it, is read, and may be read again.
 
-    dy (N, P), dh_n (B, P), ds_n (B, H): gradients by the outputs; packed: as `cell.pack_backward` makes it; most: the
-    rows of the largest of ``backs``.
+    dy (N, P), dh_n (B, P), ds_n (B, H): gradients by the outputs; packed: as `cell.pack_backward` makes it;
+    buffer_parts, work_parts (1): records, a `cell.Buffer` and a `Work`; most: the rows of the largest of ``backs``.
     Written: ``d_out``, the gradients by x (N, I), h_0 (B, P), s_0 (B, H), the weights, as they are shaped, the bias
     (G W), in panels as the gates, and the peepholes (3, U L), those by weights added to unless ``fresh``; and ``work``
-    (`work_layout`), the parts of which are
+    (`Work`), the parts of which are
 
       d (G, rows, W), dp (PP, rows, W)   gradients by the gates' sums and, of a projection, by y of a chunk, the last
                                          row first; once or, for several parties, twice (``buffers``)
@@ -110,18 +118,20 @@ def backward(
       dm (PH, B, W), ds (U, B, L)        the gradients by m and s
     """
     mode, cell = flush_denormals(), cells[0]
+    of_packed, of_buffer, of_work = cell.packed_back, buffer_parts[0], work_parts[0]
     B, I, H, P = len(dh_n), d_out.x.shape[1], cell.H, cell.P
     T, N = len(steps) - 1, len(dy)
     b0, b1, u0, u1, me, parties = share
     W, L, U, G, units = geometry(cell, at(dy, 0))
     PP, PI = panels(P, at(dy, 0)), panels(I, at(dy, 0))
-    _, _, _, at_ss, at_xs, at_hs, at_ms, at_gates, _ = layout(cell, N, B, I, 0, W, L, True, 1)
-    gates, ss = at(buffer, at_gates), at(buffer, at_ss)
-    _, at_dp, at_dh, at_direct, at_dm, at_ds, _ = work_layout(cell, B, most, buffers, W, L)
-    dh, direct, dm, ds = at(work, at_dh), at(work, at_direct), at(work, at_dm), at(work, at_ds)
-    _, at_hh, at_ih, at_again, at_extra, _ = packed_back_layout(cell, I, W, L)
-    x_wide, h_wide, extra = cell.x.count * units, cell.h.count * units, at(packed, at_extra)
-    w_hh, w_ih = Panels(at(packed, at_hh), G * h_wide * W, W), Panels(at(packed, at_ih), G * x_wide * W, W)
+    gates, ss, xs = at(buffer, of_buffer.gates), at(buffer, of_buffer.ss), at(buffer, of_buffer.xs)
+    hs, ms = at(buffer, of_buffer.hs), at(buffer, of_buffer.ms)
+    dps, dh, direct = at(work, of_work.dp), at(work, of_work.dh), at(work, of_work.direct)
+    dm, ds = at(work, of_work.dm), at(work, of_work.ds)
+    x_wide, h_wide = cell.x.count * units, cell.h.count * units
+    extra, w_again = at(packed, of_packed.extra), at(packed, of_packed.again)
+    w_hh, w_ih = at(packed, of_packed.w_hh), at(packed, of_packed.w_ih)
+    w_hh, w_ih = Panels(w_hh, G * h_wide * W, W), Panels(w_ih, G * x_wide * W, W)
     nothing, zero = Panels(at(packed, 0), 0, 0), zeros(at(packed, 0))
     cut = u1 - u0 < U
     if masks is not None:
@@ -142,14 +152,14 @@ def backward(
             store(zero, at(work, (i // most * G + G - 1) * slab + i % most * W + j), L)
     for i in range(buffers * most if me == 0 and P != H else 0):
         for j in range(0, W, L):
-            store(zero, at(work, at_dp + (i // most * PP + PP - 1) * slab + i % most * W + j), L)
+            store(zero, at(dps, (i // most * PP + PP - 1) * slab + i % most * W + j), L)
     meet(barrier, parties)
 
     flip, chunk = 0, len(chunks) - 2
     for q in range(len(backs) - 2, -1, -1):
         first, last = backs[q], backs[q + 1]
         rows = steps[last] - steps[first]
-        d, dp = at(work, flip * G * slab), at(work, at_dp + flip * PP * slab)
+        d, dp = at(work, flip * G * slab), at(dps, flip * PP * slab)
         latest = chunk
         for t in range(last - 1, first - 1, -1):
             while chunks[chunk] > t:
@@ -158,7 +168,7 @@ def backward(
             g_slab = (steps[chunks[chunk + 1]] - base) * W
             row = steps[t]
             g_t = at(gates, base * G * W + (row - base) * W)
-            r0, r1 = b0, min(b1, steps[t + 1] - row)
+            r0, r1 = b0, smaller(b1, steps[t + 1] - row)
             mirror = steps[last] - 1 - row
 
             if masks is not None:
@@ -177,7 +187,7 @@ def backward(
                     if cut:
                         meet(barrier, parties)
                     left = Left(at(dp, (mirror - r0) * W), -W, 1, PP, slab)
-                    w_hr, target = Panels(at(packed, at_again), PP * W * W, W), Panels(at(dm, r0 * W), B * W, W)
+                    w_hr, target = Panels(w_again, PP * W * W, W), Panels(at(dm, r0 * W), B * W, W)
                     product(multiply, u0 // VECS, -(-u1 // VECS), W, U * L, r1 - r0, nothing, target, left, w_hr, W)
 
             for u in range(u0, u1):
@@ -209,7 +219,7 @@ def backward(
                 if cut:
                     meet(barrier, parties)
                 left = Left(at(d, (mirror - r0) * W + cell.again.slot * L), -W, 1, G, slab)
-                again, target = Panels(at(packed, at_again), G * units * W, W), Panels(at(dm, r0 * W), B * W, W)
+                again, target = Panels(w_again, G * units * W, W), Panels(at(dm, r0 * W), B * W, W)
                 product(multiply, u0 // VECS, -(-u1 // VECS), W, U * L, r1 - r0, nothing, target, left, again, units)
                 for u in range(u0, u1):
                     for b in range(r0, r1):
@@ -243,25 +253,25 @@ def backward(
         left = Left(at(d, r0 * W + cell.x.slot * L), W, 1, G, slab)
         product(multiply, 0, PI, W, I, r1 - r0, nothing, target, left, w_ih, x_wide)
         start = (N - steps[last]) * W
-        xs = Panels(at(buffer, at_xs + start), N * W, W)
-        hs, ms = Panels(at(buffer, at_hs + start), N * W, W), Panels(at(buffer, at_ms + start), N * W, W)
+        x_rows, h_rows = Panels(at(xs, start), N * W, W), Panels(at(hs, start), N * W, W)
+        m_rows = Panels(at(ms, start), N * W, W)
         new = fresh and last == T
         _weight_gradient(
-            at(d, cell.x.slot * L), slab, rows, H, cell.x, cell.gates, units, I, xs, at(d_out.w_ih, 0),
+            at(d, cell.x.slot * L), slab, rows, H, cell.x, cell.gates, units, I, x_rows, at(d_out.w_ih, 0),
             nothing, new, me, parties, multiply,
         )  # fmt: skip
         _weight_gradient(
-            at(d, cell.h.slot * L), slab, rows, H, cell.h, cell.gates, units, P, hs, at(d_out.w_hh, 0),
+            at(d, cell.h.slot * L), slab, rows, H, cell.h, cell.gates, units, P, h_rows, at(d_out.w_hh, 0),
             nothing, new, me, parties, multiply,
         )  # fmt: skip
         if reset_backward is not None:
             _weight_gradient(
-                at(d, cell.again.slot * L), slab, rows, H, cell.again, cell.gates, units, H, ms, at(d_out.w_hh, 0),
+                at(d, cell.again.slot * L), slab, rows, H, cell.again, cell.gates, units, H, m_rows, at(d_out.w_hh, 0),
                 nothing, new, me, parties, multiply,
             )  # fmt: skip
         if P != H:
             _weight_gradient(
-                dp, slab, rows, P, WHOLE, 1, W, H, ms, at(d_out.w_hr, 0), nothing, new, me, parties, multiply
+                dp, slab, rows, P, WHOLE, 1, W, H, m_rows, at(d_out.w_hr, 0), nothing, new, me, parties, multiply
             )
         _column_sums(d, slab, rows, G, at(d_out.b, 0), new, me, parties)
         if peephole_sums is not None:

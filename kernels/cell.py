@@ -49,13 +49,15 @@ depend on the cut.
 """
 
 from collections import namedtuple
+from functools import lru_cache
+from itertools import accumulate
 
 import numpy as np
 
-from .compiler import kernel, part
+from .compiler import part
 from .gemm import Window, pack, pack_transposed, panels
 from .tile import VECS, width
-from .vector import LANES_OF, at, lanes
+from .vector import LANES_OF, at, lanes, smaller
 
 # gates: how many the weights have. slots: how many vectors a vector of units has in memory. spread: how many vectors
 # of units share a panel: 1 or, if they have one slot each, `VECS`. x, h: the gates that W_ih and W_hh add to; again:
@@ -63,12 +65,89 @@ from .vector import LANES_OF, at, lanes
 # kind: the RNN's nonlinearity.
 Cell = namedtuple("Cell", "H P gates slots spread x h again carries peephole clip coupled kind")
 
-# As kernels take a cell: an array of one record, for Numba unpacks it faster than a tuple.
-_WINDOW = [(name, np.int64) for name in Window._fields]
-_FIELDS = {"x": _WINDOW, "h": _WINDOW, "again": _WINDOW, "clip": np.float64}
-RECORD = np.dtype([(name, _FIELDS.get(name, np.int64)) for name in Cell._fields])
-
 Masks = namedtuple("Masks", "h zone_h zone_s")
+
+# Where the parts of an array begin, one after another, and where the last one ends. Kernels are told, in records: the
+# numbers take Python no time, and code that computes them would take long to compile.
+#   Packed       of the weights for `recurrent`: zeros, bias, W_ih, W_hh, those of the second product, the peepholes
+#   PackedBack   of the weights for `bptt`
+#   Buffer       of the buffer
+Packed = namedtuple("Packed", "zeros bias w_ih w_hh again extra end")
+PackedBack = namedtuple("PackedBack", "zeros w_hh w_ih again extra end")
+Buffer = namedtuple("Buffer", "s hm m ss xs hs ms gates end")
+
+
+def record_of(kind):
+    """The dtype of a record of integers, named as a named tuple's."""
+    return np.dtype([(name, np.int64) for name in kind._fields])
+
+
+# As kernels take a cell: an array of records, for Numba unpacks it faster than a tuple.
+_FIELDS = {"x": record_of(Window), "h": record_of(Window), "again": record_of(Window), "clip": np.float64}
+_PARTS = [("packed", record_of(Packed)), ("packed_back", record_of(PackedBack))]
+RECORD = np.dtype([(name, _FIELDS.get(name, np.int64)) for name in Cell._fields] + _PARTS)
+
+
+def records(cell, inputs, W, L):
+    """A `RECORD` for each of a layer's directions, of so many inputs. All their `Packed` parts are in one array."""
+    records, end = [], 0
+    for I in inputs:
+        packed = Packed(*[end + place for place in packed_layout(cell, I, W, L)])
+        records.append((*cell, packed, packed_back_layout(cell, I, W, L)))
+        end = packed.end
+    return np.array(records, RECORD)
+
+
+def panels_of_gates(cell, L):
+    """``U, G, units``: as `geometry` has them."""
+    U = -(-cell.H // L)
+    return U, -(-U // cell.spread), cell.spread * L
+
+
+@lru_cache(1024)
+def packed_layout(cell, I, W, L):
+    U, G, units = panels_of_gates(cell, L)
+    sizes = [
+        W,
+        G * W,
+        G * cell.x.count * units * I,
+        G * cell.h.count * units * cell.P,
+        G * cell.again.count * units * cell.H if cell.P == cell.H else -(-cell.P // W) * W * cell.H,
+        3 * U * L if cell.peephole else 0,
+    ]
+    return Packed(*accumulate(sizes, initial=0))
+
+
+@lru_cache(1024)
+def packed_back_layout(cell, I, W, L):
+    U, G, units = panels_of_gates(cell, L)
+    PI, PH, PP = -(-I // W), -(-cell.H // W), -(-cell.P // W)
+    sizes = [
+        W,
+        PP * W * G * cell.h.count * units,
+        PI * W * G * cell.x.count * units,
+        PH * W * G * cell.again.count * units if cell.P == cell.H else PH * W * PP * W,
+        3 * U * L if cell.peephole else 0,
+    ]
+    return PackedBack(*accumulate(sizes, initial=0))
+
+
+def layout(cell, N, B, I, rows, W, L, save, parties):
+    """The `Buffer` for so many parties. rows: of the largest chunk."""
+    U, G, _ = panels_of_gates(cell, L)
+    PI, PH, PP = -(-I // W), -(-cell.H // W), -(-cell.P // W)
+    saved = N * W if save else 0
+    sizes = [
+        U * B * L,
+        -(-2 * B * cell.P // L) * L,
+        -(-2 * B * cell.H // L) * L,
+        U * N * L if save and cell.carries else 0,
+        PI * saved,
+        PP * saved,
+        PH * saved if cell.P != cell.H or cell.again.count > 0 else 0,
+        G * W * (N if save else parties * rows if B > 1 else 2 * rows),
+    ]
+    return Buffer(*accumulate(sizes, initial=0))
 
 
 @part
@@ -88,39 +167,25 @@ def place(cell, base, slab, u, row):
     return at(base, u // VECS * slab + row * W + u % VECS * L)
 
 
-@part
-def packed_layout(cell, I, W, L):
-    """Where zeros, bias, W_ih, W_hh, the weights of the second product and the peepholes begin, and the size."""
-    U = (cell.H + L - 1) // L
-    G, units = U if cell.spread == 1 else (U + VECS - 1) // VECS, cell.spread * L
-    w_ih = W + G * W
-    w_hh = w_ih + G * cell.x.count * units * I
-    again = w_hh + G * cell.h.count * units * cell.P
-    extra = again + G * cell.again.count * units * cell.H
-    if cell.P != cell.H:
-        extra = again + -(-cell.P // W) * W * cell.H
-    return 0, W, w_ih, w_hh, again, extra, extra + (3 * U * L if cell.peephole else 0)
-
-
 def pack_forward(cell, w_ih, w_hh, b_ih, b_hh, w_hr, peepholes, out):
     """Pack the weights for `recurrent`; out is written. w_hr (P, H) and peepholes (3, H) may be empty."""
     L, H = LANES_OF[out.dtype], cell.H
     W, units = VECS * L, cell.spread * L
-    _, at_bias, at_ih, at_hh, at_again, at_extra, _ = packed_layout.py_func(cell, w_ih.shape[1], W, L)
-    out[:at_ih] = 0
-    slots = out[at_bias:at_ih].reshape(-1, VECS // cell.spread, L)
+    parts = packed_layout(cell, w_ih.shape[1], W, L)
+    out[: parts.w_ih] = 0
+    slots = out[parts.bias : parts.w_ih].reshape(-1, VECS // cell.spread, L)
     for window, bias in (cell.x, b_ih), (cell.h, b_hh), (cell.again, b_hh):
         for j in range(window.count):
             g = (j + window.rotate) % cell.gates
             slots[:, window.slot + j] += _padded(bias[g * H : g * H + H], len(slots) * L).reshape(-1, L)
-    pack_weight(w_ih, cell.x.count, cell.x.rotate, cell.gates, units, H, out[at_ih:at_hh])
-    pack_weight(w_hh, cell.h.count, cell.h.rotate, cell.gates, units, H, out[at_hh:at_again])
+    pack(w_ih, cell.x.count, cell.x.rotate, cell.gates, units, out[parts.w_ih : parts.w_hh])
+    pack(w_hh, cell.h.count, cell.h.rotate, cell.gates, units, out[parts.w_hh : parts.again])
     if cell.again.count:
-        pack_weight(w_hh, cell.again.count, cell.again.rotate, cell.gates, units, H, out[at_again:at_extra])
+        pack(w_hh, cell.again.count, cell.again.rotate, cell.gates, units, out[parts.again : parts.extra])
     if cell.P != H:
-        pack_weight(w_hr, 1, 0, 1, W, cell.P, out[at_again:at_extra])
+        pack(w_hr, 1, 0, 1, W, out[parts.again : parts.extra])
     if cell.peephole:
-        out[at_extra:] = np.concatenate([_padded(p, -(-H // L) * L) for p in peepholes])
+        out[parts.extra :] = np.concatenate([_padded(p, -(-H // L) * L) for p in peepholes])
 
 
 def _padded(numbers, count):
@@ -129,66 +194,20 @@ def _padded(numbers, count):
     return padded
 
 
-@kernel
-def pack_weight(w, count, rotate, gates, units, H, out):
-    """As `gemm.pack`. w: (gates H, K)."""
-    pack(at(w, 0), Window(0, count, rotate), gates, units, H, w.shape[1], at(out, 0))
-
-
-@part
-def packed_back_layout(cell, I, W, L):
-    """Where zeros, W_hh, W_ih, the weights of the second product and the peepholes begin, and the size."""
-    U = (cell.H + L - 1) // L
-    G, units = U if cell.spread == 1 else (U + VECS - 1) // VECS, cell.spread * L
-    w_ih = W + -(-cell.P // W) * W * G * cell.h.count * units
-    again = w_ih + -(-I // W) * W * G * cell.x.count * units
-    extra = again + -(-cell.H // W) * W * G * cell.again.count * units
-    if cell.P != cell.H:
-        extra = again + -(-cell.H // W) * W * (-(-cell.P // W) * W)
-    return 0, W, w_ih, again, extra, extra + (3 * U * L if cell.peephole else 0)
-
-
 def pack_backward(cell, w_ih, w_hh, w_hr, peepholes, out):
     """Pack the weights for `bptt`; out is written."""
     L, H = LANES_OF[out.dtype], cell.H
     W, units = VECS * L, cell.spread * L
-    _, at_hh, at_ih, at_again, at_extra, _ = packed_back_layout.py_func(cell, w_ih.shape[1], W, L)
-    out[:at_hh] = 0
-    pack_weight_transposed(w_hh, cell.h.count, cell.h.rotate, cell.gates, units, H, out[at_hh:at_ih])
-    pack_weight_transposed(w_ih, cell.x.count, cell.x.rotate, cell.gates, units, H, out[at_ih:at_again])
+    parts = packed_back_layout(cell, w_ih.shape[1], W, L)
+    out[: parts.w_hh] = 0
+    pack_transposed(w_hh, cell.h.count, cell.h.rotate, cell.gates, units, out[parts.w_hh : parts.w_ih])
+    pack_transposed(w_ih, cell.x.count, cell.x.rotate, cell.gates, units, out[parts.w_ih : parts.again])
     if cell.again.count:
-        pack_weight_transposed(w_hh, cell.again.count, cell.again.rotate, cell.gates, units, H, out[at_again:at_extra])
+        pack_transposed(w_hh, cell.again.count, cell.again.rotate, cell.gates, units, out[parts.again : parts.extra])
     if cell.P != H:
-        pack_weight_transposed(w_hr, 1, 0, 1, W, cell.P, out[at_again:at_extra])
+        pack_transposed(w_hr, 1, 0, 1, W, out[parts.again : parts.extra])
     if cell.peephole:
-        out[at_extra:] = np.concatenate([_padded(p, -(-H // L) * L) for p in peepholes])
-
-
-@kernel
-def pack_weight_transposed(w, count, rotate, gates, units, H, out):
-    """As `gemm.pack_transposed`. w: (gates H, N)."""
-    pack_transposed(at(w, 0), Window(0, count, rotate), gates, units, H, w.shape[1], at(out, 0))
-
-
-@part
-def layout(cell, N, B, I, rows, W, L, save, parties):
-    """Where s, hm, m, ss, xs, hs, ms and gates begin in the buffer, and its size for so many parties.
-
-    rows: of the largest chunk.
-    """
-    H, P = cell.H, cell.P
-    U = (H + L - 1) // L
-    G = U if cell.spread == 1 else (U + VECS - 1) // VECS
-    PI, PH, PP = (I + W - 1) // W, (H + W - 1) // W, (P + W - 1) // W
-    hm = U * B * L
-    m = hm + (2 * B * P + L - 1) // L * L
-    ss = m + (2 * B * H + L - 1) // L * L
-    xs = ss + (U * N * L if save and cell.carries else 0)
-    hs = xs + (PI * N * W if save else 0)
-    ms = hs + (PP * N * W if save else 0)
-    gates = ms + (PH * N * W if save and (P != H or cell.again.count > 0) else 0)
-    size = gates + G * W * (N if save else parties * rows if B > 1 else 2 * rows)
-    return 0, hm, m, ss, xs, hs, ms, gates, size
+        out[parts.extra :] = np.concatenate([_padded(p, -(-H // L) * L) for p in peepholes])
 
 
 @part
@@ -202,4 +221,4 @@ def outputs_of(cell, share, address):
     if u1 - u0 == U:
         return 0, vectors
     PP = panels(cell.P, address)
-    return min(vectors, me * PP // parties * VECS), min(vectors, (me + 1) * PP // parties * VECS)
+    return smaller(vectors, me * PP // parties * VECS), smaller(vectors, (me + 1) * PP // parties * VECS)

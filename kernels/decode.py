@@ -5,7 +5,7 @@
 
 from . import gru, linear, lstm, rnn
 from .barrier import meet
-from .cell import geometry, packed_layout, place
+from .cell import geometry, place
 from .compiler import kernel, part, specialise
 from .denormals import flush_denormals, restore_mode
 from .gemm import Left, Panels, copy_row, load, product, product_of_row, store
@@ -39,18 +39,17 @@ def _reorder(state, parents, s, row):
 @part
 def _input_gates(packed, x, M, I, target):
     """The first layer's gates but for what h adds: M rows of `Panels`, written. x: address of (M, I)."""
-    cell, weights = packed.cells[0], at(packed.weights, packed.offsets[0])
+    cell, parts = packed.cells[0], packed.cells[0].packed
     W, L, U, G, units = geometry(cell, x)
-    _, at_bias, at_ih, _, _, _, _ = packed_layout(cell, I, W, L)
     first, wide = cell.x.slot * L, cell.x.count * units
-    start, w_ih = Panels(at(weights, at_bias + first), W, 0), Panels(at(weights, at_ih), I * wide, wide)
+    bias, w_ih = at(packed.weights, parts.bias), Panels(at(packed.weights, parts.w_ih), I * wide, wide)
+    start = Panels(at(bias, first), W, 0)
     gates = Panels(at(target.address, first), target.panel, target.row)
     product(packed.multiply, 0, G, wide, U * L * cell.x.count, M, start, gates, Left(x, I, 1, 1, 0), w_ih, I)
     for j in range(first + cell.x.count * L, cell.slots * L, L):
         for g in range(G):
             for i in range(M):
-                bias = load(at(weights, at_bias + g * W + j), L)
-                store(bias, at(target.address, g * target.panel + i * target.row + j), L)
+                store(load(at(bias, g * W + j), L), at(target.address, g * target.panel + i * target.row + j), L)
 
 
 @kernel
@@ -61,14 +60,14 @@ def input_table(packed, embedding, table):
     restore_mode(mode)
 
 
-def _first_layer(packed, state, I):
+def _first_layer(packed, state):
     """`recurrent.step` of the first layer, whose gates have what `_input_gates` says. It has no projection or reset."""
-    B, cell, weights = state.h.shape[1], packed.cells[0], at(packed.weights, packed.offsets[0])
+    B, cell, parts = state.h.shape[1], packed.cells[0], packed.cells[0].packed
     h, s, gates = at(state.h, 0), at(state.s, 0), at(state.work, 0)
     H, (W, L, U, G, units) = cell.H, geometry(cell, h)
-    _, _, _, at_hh, _, at_extra, _ = packed_layout(cell, I, W, L)
+    extra, w_hh = at(packed.weights, parts.extra), at(packed.weights, parts.w_hh)
     wide, columns = cell.h.count * units, U * L * cell.h.count
-    w_hh, target = Panels(at(weights, at_hh), H * wide, wide), Panels(at(gates, cell.h.slot * L), B * W, W)
+    w_hh, target = Panels(w_hh, H * wide, wide), Panels(at(gates, cell.h.slot * L), B * W, W)
     if B == 1:
         product_of_row(0, G, wide, columns, target, target, h, w_hh, H)
     else:
@@ -77,7 +76,7 @@ def _first_layer(packed, state, I):
         for b in range(B):
             n, here = H - u * L, b * H + u * L
             a = place(cell, gates, B * W, u, b)
-            h_t, s_t = advance(cell, at(weights, at_extra), u, a, load(at(s, here), n), False)
+            h_t, s_t = advance(cell, extra, u, a, load(at(s, here), n), False)
             store(s_t, at(s, here), n)
             store(h_t, at(h, here), n)
 
@@ -94,7 +93,7 @@ def _decode(packed, state, states, embedding, table, output, search, first, last
     mode, (S, K) = flush_denormals(), search.log_probs.shape
     at_once, B, E, h = len(logits) // K, S * K, x.shape[1], state.h[-1]
     W, gates = width(at(x, 0)), at(state.work, 0)
-    upper = Packed(packed.cells, packed.offsets[1:], packed.weights, packed.multiply)
+    upper = Packed(packed.cells[1:], packed.weights, packed.multiply)
     upper_state = State(state.h[1:], state.s[1:], state.work)
     t, going = first, True
     while t < last and going:
@@ -108,8 +107,8 @@ def _decode(packed, state, states, embedding, table, output, search, first, last
                     x[r, j] = embedding[token, j]
         if len(table) == 0:
             _input_gates(packed, at(x, 0), B, E, Panels(gates, B * W, W))
-        first_layer(packed, state, E)
-        if len(upper.offsets) > 0:
+        first_layer(packed, state)
+        if len(upper.cells) > 0:
             cell_step(upper, upper_state, state.h[0])
         going = False
         for s0 in range(0, S, at_once):

@@ -13,7 +13,18 @@ from numba import types
 
 from .compiler import address_of, kernel, part, specialise
 from .tile import ROW_PANELS, ROWS, VECS, row_product, tile_product, tile_product_of_three, width
-from .vector import VECTOR_BYTES, at, call, lanes, load_part, load_whole, store_part, store_whole, transpose
+from .vector import (
+    VECTOR_BYTES,
+    at,
+    call,
+    lanes,
+    load_part,
+    load_whole,
+    smaller,
+    store_part,
+    store_whole,
+    transpose,
+)
 
 # Column j of row i of panel p lies at address + p * panel + i * row + j.
 # A row-major matrix is Panels(address, W, row length); one row for all is Panels(address, W, 0).
@@ -99,9 +110,9 @@ def product_of_row(first, last, wide, N, start, target, left, packed, K):
     L = lanes(left)
     p = first
     while p < last:
-        n = min(wide, N - p * wide)
+        n = smaller(wide, N - p * wide)
         vecs = _vectors(n, wide, L)
-        together = _together(min(last, N // wide) - p) if vecs >= 3 else 1
+        together = _together(smaller(last, N // wide) - p) if vecs >= 3 else 1
         row_product(
             1, vecs, together, together * wide if together > 1 else n,
             at(start.address, p * start.panel), start.panel, at(target.address, p * target.panel), target.panel,
@@ -143,20 +154,20 @@ def _multiply(
     most, length = LONG // (wide // L * VECTOR_BYTES), blocks * K
     if M <= ROWS or length <= 2 * most:
         most = length
-    several, rows_at_once = (max(1, most // K), K) if blocks > 1 else (1, most)
+    several, rows_at_once = (most // K if most > K else 1, K) if blocks > 1 else (1, most)
     for q in range(0, blocks, several):
         for k in range(0, K, rows_at_once):
-            some, count = min(several, blocks - q), min(rows_at_once, K - k)
+            some, count = smaller(several, blocks - q), smaller(rows_at_once, K - k)
             p = first
             while p < last:
                 s, s_step = at(start, p * s_panel), s_row
                 c, c_step = at(target, p * c_panel), c_row
                 if q + k > 0:
                     s, s_step = c, c_step
-                n, together = min(wide, N - p * wide), 1
+                n, together = smaller(wide, N - p * wide), 1
                 vecs = _vectors(n, wide, L)
                 if M == 1 and vecs >= 3:
-                    together = _together(min(last, N // wide) - p)
+                    together = _together(smaller(last, N // wide) - p)
                 if together > 1:
                     n, s_step, c_step = together * wide, s_panel, c_panel
                 i, b = 0, at(packed, p * p_panel + (q * K + k) * p_row)
@@ -197,28 +208,28 @@ def before_a_line(memory):
 
 @part
 def copy_row(source, target, n):
-    """target (W) = source (n), and 0 past it."""
+    """target (W) = source (n), and 0 past it; n may be less than 0 or more than W."""
     L = lanes(source)
     for j in range(0, width(source), L):
-        # Past the end nothing is read: the address only has to be one.
-        store_whole(load(at(source, min(j, n)), max(n - j, 0)), at(target, j))
+        store_whole(load(at(source, j), n - j), at(target, j))
 
 
-@part(inline=False)
-def pack(w, window, gates, units, H, K, out):
-    """Pack some gates of a weight for products ``x @ w.T``.
+@kernel
+def pack(w, count, rotate, gates, units, out):
+    """Pack some gates of a weight for products ``x @ w.T``: ``count`` of them, as a `Window` that is so rotated.
 
-    w: address of (gates * H, K). out: address of (panels, K, window.count, units), written: so many units of every gate
-    of the `Window` stand together, so that a panel holds all of these gates of its units; units past H are 0.
+    w: (gates * H, K). out: (panels, K, count, units) numbers, written: so many units of every one of these gates stand
+    together, so that a panel holds all of them; units past H are 0.
     """
-    wide, V = window.count * units, lanes(out)
+    w_0, packed, H, K = at(w, 0), at(out, 0), w.shape[0] // gates, w.shape[1]
+    wide, V = count * units, lanes(packed)
     for p in range((H + units - 1) // units):
         # So many numbers of some rows, of all gates: rows far apart pass more quickly a stretch at a time.
         for first in range(0, K, PACKED_AT_ONCE):
-            last = min(first + PACKED_AT_ONCE, K)
+            last = smaller(first + PACKED_AT_ONCE, K)
             for i in range(0, wide, V):
-                g, unit = (i // units + window.rotate) % gates, p * units + i % units
-                source, target = at(w, (g * H + unit) * K), at(out, p * K * wide + i)
+                g, unit = (i // units + rotate) % gates, p * units + i % units
+                source, target = at(w_0, (g * H + unit) * K), at(packed, p * K * wide + i)
                 squares = last - (last - first) % V if unit + V <= H else first
                 for k in range(first, squares, V):
                     transpose(at(source, k), K, at(target, k * wide), wide)
@@ -227,20 +238,21 @@ def pack(w, window, gates, units, H, K, out):
                         target[k * wide + l] = source[l * K + k] if unit + l < H else 0
 
 
-@part(inline=False)
-def pack_transposed(w, window, gates, units, H, N, out):
+@kernel
+def pack_transposed(w, count, rotate, gates, units, out):
     """Pack some gates of a weight for products ``d @ w``, with d in panels as products with `pack`'s leave them.
 
-    w: address of (gates * H, N). out: address of (panels of N, panels of H, window.count, units, W), written: rows in
-    the order of `pack`'s columns, 0 for units past H and columns past N.
+    w: (gates * H, N). out: (panels of N, panels of H, count, units, W) numbers, written: rows in the order of `pack`'s
+    columns, 0 for units past H and columns past N.
     """
-    W, wide = width(out), window.count * units
+    w_0, packed, H, N = at(w, 0), at(out, 0), w.shape[0] // gates, w.shape[1]
+    W, wide = width(packed), count * units
     rows = (H + units - 1) // units * wide
     for i in range(rows):
-        g, unit = (i // units % window.count + window.rotate) % gates, i // wide * units + i % units
-        source = at(w, (g * H + unit) * N if unit < H else 0)
-        for p in range(panels(N, out)):
-            copy_row(at(source, p * W), at(out, (p * rows + i) * W), min(W, N - p * W) if unit < H else 0)
+        g, unit = (i // units % count + rotate) % gates, i // wide * units + i % units
+        source = at(w_0, (g * H + unit) * N)
+        for p in range(panels(N, packed)):
+            copy_row(at(source, p * W), at(packed, (p * rows + i) * W), N - p * W if unit < H else 0)
 
 
 @part(inline=False)

@@ -14,32 +14,27 @@ and of the weight's gradient by tiles. The bits do not depend on the cut. ``mult
 from .barrier import meet
 from .compiler import kernel
 from .denormals import flush_denormals, restore_mode
-from .gemm import WHOLE, Left, Panels, load, pack, pack_rows, pack_transposed, panels, product, store
-from .tile import ROWS, width
-from .vector import at, lanes
+from .gemm import Left, Panels, load, pack, pack_rows, pack_transposed, panels, product, store
+from .tile import ROWS, VECS, width
+from .vector import LANES_OF, at, lanes, smaller
 
 # Rows whose part of the weight's gradient is added at once, so that they stay in the second-level cache meanwhile.
 ROWS_AT_ONCE = 256
 
 
-@kernel
 def pack_forward(w, bias, out):
-    """Pack the weights for `forward`. w: (N, K), bias: (N); out (PN W (1 + K)) is written."""
-    N, K = w.shape
-    bias_size = panels(N, at(out, 0)) * width(at(out, 0))
-    for j in range(bias_size):
-        out[j] = bias[j] if j < N else 0
-    pack(at(w, 0), WHOLE, 1, width(at(out, 0)), N, K, at(out, bias_size))
+    """Pack the weights for `forward`. w: (N, K), bias: (N) or a number; out (PN W (1 + K)) is written."""
+    N, W = len(w), VECS * LANES_OF[out.dtype]
+    end = -(-N // W) * W
+    out[:N], out[N:end] = bias, 0
+    pack(w, 1, 0, 1, W, out[end:])
 
 
-@kernel
 def pack_backward(w, out):
     """Pack the weights for `backward`. w: (N, K); out (W + PK PN W W), written: a row of zeros, the weights."""
-    N, K = w.shape
-    W = width(at(out, 0))
-    for j in range(W):
-        out[j] = 0
-    pack_transposed(at(w, 0), WHOLE, 1, W, N, K, at(out, W))
+    W = VECS * LANES_OF[out.dtype]
+    out[:W] = 0
+    pack_transposed(w, 1, 0, 1, W, out[W:])
 
 
 @kernel
@@ -80,14 +75,14 @@ def backward(dy, xs, packed, dx, dw, db, me, parties, barrier, multiply):
     group = 2 * ROWS
     groups = (N + group - 1) // group
     for first in range(0, M, ROWS_AT_ONCE):
-        rows = min(ROWS_AT_ONCE, M - first)
+        rows = smaller(ROWS_AT_ONCE, M - first)
         source = Panels(at(xs, first * W), M * W, W)
         for item in range(me * PK * groups // parties, (me + 1) * PK * groups // parties):
             p, n = item // groups, item % groups * group
             target = Panels(at(dw, n * K), W, K)
             left = Left(at(dy, first * N + n), 1, N, 1, 0)
             start = nothing if first == 0 else target
-            product(multiply, p, p + 1, W, K, min(group, N - n), start, target, left, source, rows)
+            product(multiply, p, p + 1, W, K, smaller(group, N - n), start, target, left, source, rows)
 
     vectors = (N + L - 1) // L
     for v in range(me * vectors // parties, (me + 1) * vectors // parties):

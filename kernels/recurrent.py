@@ -6,35 +6,53 @@ The input's share of the gates needs no recurrence: it is computed for a chunk o
 from collections import namedtuple
 
 from .barrier import meet
-from .cell import geometry, layout, outputs_of, packed_layout, place
-from .compiler import part
+from .cell import geometry, outputs_of, panels_of_gates, place
 from .denormals import flush_denormals, restore_mode
 from .gemm import Left, Panels, load, pack_rows, panels, product, product_of_row, store
 from .tile import RIDER_ROWS, ROW_PANELS, VECS, row_and_tile_product
-from .vector import at
+from .vector import at, larger, smaller
 
 # In the templates below these are each cell's own: see `compiler.specialise`.
 advance = reset = None
 RIDER_VECS, rider_product = VECS, row_and_tile_product
 
 
-def forward(cells, x, h_0, s_0, packed, y, s_n, buffer, steps, chunks, most, masks, save, share, barrier, multiply):
+def forward(
+    cells,
+    packed,
+    x,
+    h_0,
+    s_0,
+    y,
+    s_n,
+    buffer,
+    buffer_parts,
+    steps,
+    chunks,
+    most,
+    masks,
+    save,
+    share,
+    barrier,
+    multiply,
+):
     """``y, s_n``: the cell over a sequence, saving for `bptt.backward` if ``save``. y, s_n and buffer are written.
 
+    cells: of which the first is this one. packed: the weights of all. buffer_parts (1): a record, a `cell.Buffer`.
     most: the rows of the largest chunk.
     """
-    mode, cell = flush_denormals(), cells[0]
+    mode, cell, of_buffer = flush_denormals(), cells[0], buffer_parts[0]
     B, I, H, P = len(h_0), x.shape[1], cell.H, cell.P
     T, N = len(steps) - 1, len(x)
-    b0, b1, u0, u1, me, parties = share
+    of_packed, (b0, b1, u0, u1, me, parties) = cell.packed, share
     W, L, U, G, units = geometry(cell, at(x, 0))
-    at_s, at_hm, at_m, at_ss, at_xs, at_hs, at_ms, at_gates, _ = layout(cell, N, B, I, most, W, L, save, 1)
-    gates, s, ss, hm = at(buffer, at_gates), at(buffer, at_s), at(buffer, at_ss), at(buffer, at_hm)
-    m, hs, ms = at(buffer, at_m), at(buffer, at_hs), at(buffer, at_ms)
-    _, at_bias, at_ih, at_hh, at_again, at_extra, _ = packed_layout(cell, I, W, L)
+    gates, s, ss, hm = at(buffer, of_buffer.gates), at(buffer, 0), at(buffer, of_buffer.ss), at(buffer, of_buffer.hm)
+    m, xs = at(buffer, of_buffer.m), at(buffer, of_buffer.xs)
+    hs, ms = at(buffer, of_buffer.hs), at(buffer, of_buffer.ms)
     x_wide, h_wide = cell.x.count * units, cell.h.count * units
-    bias, extra = at(packed, at_bias), at(packed, at_extra)
-    w_ih, w_hh = Panels(at(packed, at_ih), I * x_wide, x_wide), Panels(at(packed, at_hh), P * h_wide, h_wide)
+    bias, extra, w_again = at(packed, of_packed.bias), at(packed, of_packed.extra), at(packed, of_packed.again)
+    w_ih, w_hh = at(packed, of_packed.w_ih), at(packed, of_packed.w_hh)
+    w_ih, w_hh = Panels(w_ih, I * x_wide, x_wide), Panels(w_hh, P * h_wide, h_wide)
     cut = u1 - u0 < U
     if masks is not None:
         masked, zoned, projected = masks.h.size > 0, masks.zone_h.size > 0, P != H
@@ -44,7 +62,7 @@ def forward(cells, x, h_0, s_0, packed, y, s_n, buffer, steps, chunks, most, mas
 
     if save:
         r0, r1 = me * N // parties, (me + 1) * N // parties
-        pack_rows(r1 - r0, I, at(x, r0 * I), Panels(at(buffer, at_xs + (N - 1 - r0) * W), N * W, -W))
+        pack_rows(r1 - r0, I, at(x, r0 * I), Panels(at(xs, (N - 1 - r0) * W), N * W, -W))
     for b in range(me * B // parties, (me + 1) * B // parties):
         for j in range(0, P, L):
             h = load(at(h_0, b * P + j), P - j)
@@ -72,7 +90,7 @@ def forward(cells, x, h_0, s_0, packed, y, s_n, buffer, steps, chunks, most, mas
         for g in range(g0, g1):
             for t in range(first, first + 1 if whole else last):
                 r0 = steps[t] + b0 + ahead
-                r1 = steps[last] if whole else min(steps[t] + b1, steps[t + 1])
+                r1 = steps[last] if whole else smaller(steps[t] + b1, steps[t + 1])
                 start = Panels(at(bias, cell.x.slot * L), W, 0)
                 target = Panels(at(chunk_gates, (r0 - base) * W + cell.x.slot * L), slab, W)
                 left = Left(at(x, r0 * I), I, 1, 1, 0)
@@ -89,12 +107,12 @@ def forward(cells, x, h_0, s_0, packed, y, s_n, buffer, steps, chunks, most, mas
             next_n = chunks[q + 2] - last
             next_gates = at(gates, (last if save else most - half) * G * W)
             next_x, next_slab = at(x, last * I), next_n * W
-            blocks = min(next_n // RIDER_ROWS, rows * ((g1 - g0) // ROW_PANELS) // max(1, tiles))
+            blocks = smaller(next_n // RIDER_ROWS, rows * ((g1 - g0) // ROW_PANELS) // larger(1, tiles))
             riders, ahead = blocks * tiles, blocks * RIDER_ROWS
 
         for t in range(first, last):
             row = steps[t]
-            r0, r1 = b0, min(b1, steps[t + 1] - row)
+            r0, r1 = b0, smaller(b1, steps[t + 1] - row)
             n_next = steps[t + 2] - steps[t + 1] if t + 1 < T else 0
             mirror, mirror_next = N - 1 - row, N - 1 - steps[t + 1]  # rows, the last one first
             h_before = at(h_0, 0) if t == 0 else at(y, steps[t - 1] * P)
@@ -119,10 +137,10 @@ def forward(cells, x, h_0, s_0, packed, y, s_n, buffer, steps, chunks, most, mas
             # Every other step goes backwards: the weights read last are still in the nearest cache, and read first.
             stride = ROW_PANELS if r1 - r0 == 1 else 1
             for v in range(g0, g1 if r0 < r1 else g0, stride):
-                lo = v if t % 2 == 0 else max(g0, g1 - stride - (v - g0))
-                hi = min(v + stride, g1) if t % 2 == 0 else g1 - (v - g0)
+                lo = v if t % 2 == 0 else larger(g0, g1 - stride - (v - g0))
+                hi = smaller(v + stride, g1) if t % 2 == 0 else g1 - (v - g0)
                 if reset is not None:
-                    again = Panels(at(packed, at_again), H * units, units)
+                    again = Panels(w_again, H * units, units)
                     product(multiply, lo, hi, units, U * L, r1 - r0, target, target, left, again, H)
                 elif rider < riders and hi - lo == ROW_PANELS:
                     g, j, r = g0 + rider // vecs % (g1 - g0), rider % vecs * L, rider // tiles * RIDER_ROWS
@@ -135,7 +153,7 @@ def forward(cells, x, h_0, s_0, packed, y, s_n, buffer, steps, chunks, most, mas
                     rider += 1
                 else:
                     product(multiply, lo, hi, h_wide, U * L * cell.h.count, r1 - r0, target, target, left, w_hh, P)
-                for u in range(lo * cell.spread, min(hi * cell.spread, U)):
+                for u in range(lo * cell.spread, smaller(hi * cell.spread, U)):
                     n, in_panel = H - u * L, u // VECS * N * W + u % VECS * L
                     for b in range(r0, r1):
                         s_at = at(s, (u * B + b) * L)
@@ -162,7 +180,7 @@ def forward(cells, x, h_0, s_0, packed, y, s_n, buffer, steps, chunks, most, mas
                 if projected:
                     if cut:
                         meet(barrier, parties)
-                    w_hr, left = Panels(at(packed, at_again), H * W, W), Left(at(m, (B + r0) * H), H, 1, 1, 0)
+                    w_hr, left = Panels(w_again, H * W, W), Left(at(m, (B + r0) * H), H, 1, 1, 0)
                     start, target = Panels(at(packed, 0), 0, 0), Panels(at(y, (row + r0) * P), W, P)
                     product(multiply, v0 // VECS, -(-v1 // VECS), W, P, r1 - r0, start, target, left, w_hr, H)
                 for v in range(v0, v1):
@@ -191,21 +209,17 @@ def forward(cells, x, h_0, s_0, packed, y, s_n, buffer, steps, chunks, most, mas
 
 
 # For `step`: what a stack of layers of one direction, one cell, is, and its state. Arrays but for ``multiply``.
-#   cells (1)                        the cell, as a `RECORD`
-#   offsets int64 (num_layers)       where each layer's weights begin among
-#   weights                          what `pack_forward` makes of each
+#   cells (num_layers)               the cell, as a `RECORD` for each layer
+#   weights                          of all of them
 #   h (num_layers, B, P), s (num_layers, B, H)    of a cell without a state of its own s is h
 #   work (`step_size`)               workspace
-Packed = namedtuple("Packed", "cells offsets weights multiply")
+Packed = namedtuple("Packed", "cells weights multiply")
 State = namedtuple("State", "h s work")
 
 
-@part
 def step_size(cell, B, W, L):
     """The size of the workspace for `step`: gates (G, B, W) and m (B, H)."""
-    U = (cell.H + L - 1) // L
-    G = U if cell.spread == 1 else (U + VECS - 1) // VECS
-    return G * B * W + B * cell.H
+    return panels_of_gates(cell, L)[1] * B * W + B * cell.H
 
 
 def step(packed, state, x):
@@ -219,11 +233,11 @@ def step(packed, state, x):
     gates, m = at(state.work, 0), at(state.work, G * B * W)
     x_wide, h_wide = cell.x.count * units, cell.h.count * units
     x_k = at(x, 0)
-    for k in range(len(packed.offsets)):
-        weights, h, s = at(packed.weights, packed.offsets[k]), at(state.h, k * B * P), at(state.s, k * B * H)
-        _, at_bias, at_ih, at_hh, at_again, at_extra, _ = packed_layout(cell, I, W, L)
-        bias, extra = at(weights, at_bias), at(weights, at_extra)
-        w_ih, w_hh = Panels(at(weights, at_ih), I * x_wide, x_wide), Panels(at(weights, at_hh), P * h_wide, h_wide)
+    for k in range(len(packed.cells)):
+        weights, parts, h, s = packed.weights, packed.cells[k].packed, at(state.h, k * B * P), at(state.s, k * B * H)
+        bias, extra, again = at(weights, parts.bias), at(weights, parts.extra), at(weights, parts.again)
+        w_ih, w_hh = at(weights, parts.w_ih), at(weights, parts.w_hh)
+        w_ih, w_hh = Panels(w_ih, I * x_wide, x_wide), Panels(w_hh, P * h_wide, h_wide)
         start, target = Panels(at(bias, cell.x.slot * L), W, 0), Panels(at(gates, cell.x.slot * L), B * W, W)
         target_h = Panels(at(gates, cell.h.slot * L), B * W, W)
         if B == 1:
@@ -244,7 +258,7 @@ def step(packed, state, x):
                 for b in range(B):
                     n, here = H - u * L, b * H + u * L
                     store(reset(place(cell, gates, B * W, u, b), load(at(h, here), n)), at(m, here), n)
-            w_again, target = Panels(at(weights, at_again), H * units, units), Panels(at(gates, 0), B * W, W)
+            w_again, target = Panels(again, H * units, units), Panels(at(gates, 0), B * W, W)
             product(multiply, 0, G, units, U * L, B, target, target, Left(m, H, 1, 1, 0), w_again, H)
         h_new = h if P == H else m
         for u in range(U):
@@ -255,8 +269,8 @@ def step(packed, state, x):
                 store(s_t, at(s, here), n)
                 store(h_t, at(h_new, here), n)
         if P != H:
-            w_hr, nothing = Panels(at(weights, at_again), H * W, W), Panels(weights, 0, 0)
-            PP = panels(P, weights)
+            w_hr, nothing = Panels(again, H * W, W), Panels(at(weights, parts.zeros), 0, 0)
+            PP = panels(P, again)
             product(multiply, 0, PP, W, P, B, nothing, Panels(h, W, P), Left(m, H, 1, 1, 0), w_hr, H)
         x_k, I = h, P
     restore_mode(mode)
@@ -266,6 +280,6 @@ def step(packed, state, x):
 cell_step = None
 
 
-def step_of_arrays(cells, offsets, weights, multiply, h, s, work, x):
+def step_of_arrays(cells, weights, multiply, h, s, work, x):
     """`step` for Python, which hands over arrays in less time than named tuples of them."""
-    cell_step(Packed(cells, offsets, weights, multiply), State(h, s, work), x)
+    cell_step(Packed(cells, weights, multiply), State(h, s, work), x)

@@ -15,14 +15,14 @@ from .vector import (
     I32,
     I64,
     LANES,
+    MASKED,
     REGISTERS,
     Vector,
     fma_of,
     load_of,
-    load_part_of,
+    mask_of,
     splat,
     store_of,
-    store_part_of,
     vector_of,
 )
 
@@ -48,68 +48,105 @@ def _offset(builder, address, stride, n):
     return builder.gep(address, [builder.mul(stride, I64(n)) if isinstance(stride, ir.Value) else I64(stride * n)])
 
 
-def _multiply_add(builder, sums, numbers, right):
-    """``sums[i, j] += numbers[i] * right[j]``: sums in memory that LLVM turns into registers, numbers by address."""
-    for i, number in enumerate(numbers):
-        number = splat(builder, builder.load(number), right[0].type.count)
-        for j, vector in enumerate(right):
-            s = sums[i * len(right) + j]
-            builder.store(fma_of(builder, number, vector, builder.load(s)), s)
+def _multiply_add(builder, sums, numbers, vectors):
+    """``sums[i, j] += numbers[i] * vectors[j]``: all by address, and the sums in memory that LLVM turns into registers.
+
+    Of the numbers and the vectors the fewer stay in registers while the others pass, so that most are left for sums.
+    """
+    n, lanes = len(vectors), builder.load(sums[0]).type.count
+
+    def add(i, j, number, vector):
+        s = sums[i * n + j]
+        builder.store(fma_of(builder, number, vector, builder.load(s)), s)
+
+    def number(i):
+        return splat(builder, builder.load(numbers[i]), lanes)
+
+    def vector(j):
+        return load_of(builder, vectors[j])
+
+    if len(numbers) < n:
+        column = [number(i) for i in range(len(numbers))]
+        for j in range(n):
+            y = vector(j)
+            for i, x in enumerate(column):
+                add(i, j, x, y)
+    else:
+        row = [vector(j) for j in range(n)]
+        for i in range(len(numbers)):
+            x = number(i)
+            for j, y in enumerate(row):
+                add(i, j, x, y)
 
 
-def _tile_product(shapes, lanes):
-    """The code generator of `tile_product` for some shapes: rows, vectors, panels."""
+def _tile_product(shapes, lanes, apart):
+    """The code generator of `tile_product` for some shapes: rows, vectors, panels.
 
-    def generate(builder, r, v, several, args):
-        n, start, start_row, target, target_row, (a, a_row, a_k, blocks, a_block), p, p_panel, p_row, K = args
-        places = [(i, j) for i in range(r) for j in range(v * several)]
-        sums = [cgutils.alloca_once(builder, vector_of(start.type.pointee)) for _ in places]
+    apart: each shape is a function, for LLVM takes more than twice as long for all of them in one.
+    """
 
-        def place(base, stride, i, j):
-            return _offset(builder, _offset(builder, base, stride, i + j // v), lanes, j % v)
+    def generate(r, v, several, builder, args):
+        n, start, start_row, target, target_row, a, a_row, a_k, blocks, a_block, p, p_panel, p_row, K = args
+        number = start.type.pointee
+        sums = [cgutils.alloca_once(builder, vector_of(number)) for _ in range(r * several * v)]
+        # The numbers there are of the vectors of a row that need not be whole.
+        whole = v if several > 1 else {1: 0, 2: 1, 3: 0, 4: 2}[v]
+        masks = {j: mask_of(builder, number, builder.sub(n, I64(j * lanes))) for j in range(whole, v)}
 
-        def each(whole, part):
-            """Do ``whole(sum, place)``, or ``part(sum, place, columns)`` where the matrix's edge cuts the tile."""
-            if v < 3:
-                for s, (i, j) in zip(sums, places):
-                    part(s, (i, j), builder.sub(n, I64(j * lanes)))
+        def every(base, stride, do):
+            """``do(sum, place, mask)``, of every sum, where its vector begins, and the mask or None."""
+
+            def with_masks(masks):
+                for i in range(r * several):
+                    row = _offset(builder, base, stride, i)
+                    for j in range(v):
+                        do(sums[i * v + j], _offset(builder, row, lanes, j), masks.get(j))
+
+            if not masks or MASKED:
+                with_masks(masks)
                 return
-            with builder.if_else(builder.icmp_signed(">=", n, I64(v * several * lanes))) as (then, otherwise):
+            with builder.if_else(builder.icmp_signed(">=", n, I64(v * lanes))) as (then, otherwise):
                 with then:
-                    for s, (i, j) in zip(sums, places):
-                        whole(s, (i, j))
+                    with_masks({})
                 with otherwise:
-                    for s, (i, j) in zip(sums, places):
-                        part(s, (i, j), builder.sub(n, I64(j * lanes)))
+                    with_masks(masks)
 
-        each(
-            lambda s, ij: builder.store(load_of(builder, place(start, start_row, *ij)), s),
-            lambda s, ij, n: builder.store(load_part_of(builder, place(start, start_row, *ij), n), s),
-        )
+        every(start, start_row, lambda s, place, mask: builder.store(load_of(builder, place, mask), s))
+        left = [_offset(builder, a, a_row, i) for i in range(r)]
+        right = [_offset(builder, p, p_panel, i) for i in range(several)]
         with cgutils.for_range(builder, blocks) as q, cgutils.for_range(builder, K) as k:
-            row = builder.gep(p, [builder.mul(builder.add(builder.mul(q.index, K), k.index), p_row)])
-            right = [load_of(builder, place(row, p_panel, 0, j)) for j in range(v * several)]
-            column = builder.gep(a, [builder.add(builder.mul(q.index, a_block), builder.mul(k.index, a_k))])
-            _multiply_add(builder, sums, [_offset(builder, column, a_row, i) for i in range(r)], right)
+            row = builder.mul(builder.add(builder.mul(q.index, K), k.index), p_row)
+            row = [_offset(builder, builder.gep(panel, [row]), lanes, j) for panel in right for j in range(v)]
+            column = builder.add(builder.mul(q.index, a_block), builder.mul(k.index, a_k))
+            _multiply_add(builder, sums, [builder.gep(a_i, [column]) for a_i in left], row)
             if r > 1:
                 # No code, but LLVM unrolls no loop with it: a tall tile gains nothing by it, and compiles for longer.
                 builder.asm(ir.FunctionType(ir.VoidType(), []), "", "", [], True)
-        each(
-            lambda s, ij: store_of(builder, builder.load(s), place(target, target_row, *ij)),
-            lambda s, ij, n: store_part_of(builder, builder.load(s), place(target, target_row, *ij), n),
-        )
+        every(target, target_row, lambda s, place, mask: store_of(builder, builder.load(s), place, mask))
 
     def codegen(context, builder, signature, args):
-        rows, vecs, panels, *rest = args
-        rest[5] = [builder.extract_value(rest[5], i) for i in range(5)]
+        rows, vecs, panels, n, *matrices, left, packed, packed_panel, packed_row, K = args
+        left = [builder.extract_value(left, i) for i in range(5)]
+        args = [n, *matrices, *left, packed, packed_panel, packed_row, K]
+        kind = ir.FunctionType(ir.VoidType(), [a.type for a in args])
         done = builder.append_basic_block("done")
         shape = builder.add(builder.mul(builder.add(builder.mul(rows, I64(8)), vecs), I64(8)), panels)
         switch = builder.switch(shape, done)
         for r, v, several in shapes:
-            block = builder.append_basic_block(f"tile.{r}.{v}.{several}")
+            name = f"tile.{r}.{v}.{several}"
+            block = builder.append_basic_block(name)
             switch.add_case(I64((r * 8 + v) * 8 + several), block)
             builder.position_at_end(block)
-            generate(builder, r, v, several, rest)
+            if apart:
+                function = ir.Function(builder.module, kind, builder.module.get_unique_name(name))
+                function.linkage = "internal"
+                function.attributes.add("noinline")
+                inside = ir.IRBuilder(function.append_basic_block())
+                generate(r, v, several, inside, function.args)
+                inside.ret_void()
+                builder.call(function, args)
+            else:
+                generate(r, v, several, builder, args)
             builder.branch(done)
         builder.position_at_end(done)
         return context.get_dummy_value()
@@ -133,7 +170,7 @@ def tile_product(
     A number of the product is one chain of multiply-adds, over k in ascending order.
     """
     kinds = (*(types.int64,) * 4, start, types.int64, target, types.int64, left, packed, *(types.int64,) * 3)
-    return types.void(*kinds), _tile_product(SHAPES, LANES[packed.dtype])
+    return types.void(*kinds), _tile_product(SHAPES, LANES[packed.dtype], True)
 
 
 @intrinsic
@@ -142,7 +179,7 @@ def tile_product_of_three(
 ):
     """`tile_product` for three vectors only: less code."""
     kinds = (*(types.int64,) * 4, start, types.int64, target, types.int64, left, packed, *(types.int64,) * 3)
-    return types.void(*kinds), _tile_product(SHAPES_OF_THREE, LANES[packed.dtype])
+    return types.void(*kinds), _tile_product(SHAPES_OF_THREE, LANES[packed.dtype], True)
 
 
 @intrinsic
@@ -151,7 +188,7 @@ def row_product(
 ):
     """`tile_product` for one row only: less code."""
     kinds = (*(types.int64,) * 4, start, types.int64, target, types.int64, left, packed, *(types.int64,) * 3)
-    return types.void(*kinds), _tile_product(ROW_SHAPES, LANES[packed.dtype])
+    return types.void(*kinds), _tile_product(ROW_SHAPES, LANES[packed.dtype], False)
 
 
 def _row_and_tile_product(v, L):
@@ -169,14 +206,12 @@ def _row_and_tile_product(v, L):
 
         def row_step(k):
             row = builder.gep(packed, [builder.mul(k, packed_row)])
-            weights = [load_of(builder, place(row, packed_panel, j)) for j in range(len(sums))]
+            weights = [place(row, packed_panel, j) for j in range(len(sums))]
             _multiply_add(builder, sums, [builder.gep(a, [k])], weights)
 
         def tile_step(k):
             numbers = [builder.gep(_offset(builder, left, left_row, i), [k]) for i in range(RIDER_ROWS)]
-            _multiply_add(
-                builder, tile_sums, numbers, [load_of(builder, builder.gep(right, [builder.mul(k, packed_row)]))]
-            )
+            _multiply_add(builder, tile_sums, numbers, [builder.gep(right, [builder.mul(k, packed_row)])])
 
         for j, s in enumerate(sums):
             builder.store(load_of(builder, place(target, target_panel, j)), s)
@@ -280,7 +315,8 @@ def dot_products(typing, w, row, rows, x, K):
         with cgutils.for_range_slice(builder, I64(0), whole, I64(n)) as (k, _):
             add(k, lambda address: load_of(builder, address))
         with builder.if_then(builder.icmp_signed("<", whole, K)):
-            add(whole, lambda address: load_part_of(builder, address, builder.sub(K, whole)))
+            mask = mask_of(builder, w.type.pointee, builder.sub(K, whole))
+            add(whole, lambda address: load_of(builder, address, mask))
         return _sums_by_lane(builder, [builder.load(s) for s in sums])
 
     return Vector(x.dtype)(w, types.int64, types.int64, x, types.int64), codegen

@@ -41,6 +41,8 @@ def _probe():
 
 
 VECTOR_BYTES, REGISTERS, FUSED = _probe()
+# Whether part of a vector is loaded or stored by one instruction, as x86 has them from AVX on.
+MASKED = VECTOR_BYTES > 16
 LANES = {types.float32: VECTOR_BYTES // 4, types.float64: VECTOR_BYTES // 8}
 LANES_OF = {np.dtype(str(dtype)): count for dtype, count in LANES.items()}
 
@@ -88,35 +90,33 @@ def fma_of(builder, x, y, z):
     return _call_vector(builder, "fma", x, y, z) if FUSED else builder.fadd(builder.fmul(x, y), z)
 
 
-def load_of(builder, pointer):
+def mask_of(builder, number, n):
+    """The first ``n`` lanes of a vector of such numbers."""
+    count = vector_of(number).count
+    lanes = ir.Constant(ir.VectorType(I64, count), list(range(count)))
+    return builder.icmp_signed("<", lanes, splat(builder, n, count))
+
+
+def load_of(builder, pointer, mask=None, rest=None):
+    """The vector at an address; past the mask nothing is read, and is ``rest``, or 0."""
     vector = vector_of(pointer.type.pointee)
-    value = builder.load(builder.bitcast(pointer, vector.as_pointer()))
-    value.align = _bits(vector.element) // 8
+    address, align = builder.bitcast(pointer, vector.as_pointer()), _bits(vector.element) // 8
+    if mask is not None:
+        name = f"llvm.masked.load.v{vector.count}f{_bits(vector.element)}.p0"
+        return _call(builder, name, vector, address, I32(align), mask, rest or ir.Constant(vector, None))
+    value = builder.load(address)
+    value.align = align
     return value
 
 
-def store_of(builder, value, pointer):
-    builder.store(value, builder.bitcast(pointer, value.type.as_pointer())).align = _bits(value.type.element) // 8
-
-
-def _mask(builder, vector, n):
-    """The first ``n`` lanes."""
-    lane = ir.Constant(ir.VectorType(I64, vector.count), list(range(vector.count)))
-    return builder.icmp_signed("<", lane, splat(builder, n, vector.count))
-
-
-def load_part_of(builder, pointer, n, rest=None):
-    vector = vector_of(pointer.type.pointee)
-    address = builder.bitcast(pointer, vector.as_pointer())
-    name, align = f"llvm.masked.load.v{vector.count}f{_bits(vector.element)}.p0", I32(_bits(vector.element) // 8)
-    return _call(builder, name, vector, address, align, _mask(builder, vector, n), rest or ir.Constant(vector, None))
-
-
-def store_part_of(builder, value, pointer, n):
+def store_of(builder, value, pointer, mask=None):
     vector = value.type
-    address = builder.bitcast(pointer, vector.as_pointer())
-    name, align = f"llvm.masked.store.v{vector.count}f{_bits(vector.element)}.p0", I32(_bits(vector.element) // 8)
-    _call(builder, name, ir.VoidType(), value, address, align, _mask(builder, vector, n))
+    address, align = builder.bitcast(pointer, vector.as_pointer()), _bits(vector.element) // 8
+    if mask is not None:
+        name = f"llvm.masked.store.v{vector.count}f{_bits(vector.element)}.p0"
+        _call(builder, name, ir.VoidType(), value, address, I32(align), mask)
+    else:
+        builder.store(value, address).align = align
 
 
 # Addresses and memory.
@@ -154,6 +154,26 @@ def lanes(typing, address):
 
 
 @intrinsic
+def smaller(typing, a, b):
+    """The smaller one of two integers; for its own ``min``, Numba compiles a function first."""
+
+    def codegen(context, builder, signature, args):
+        return builder.select(builder.icmp_signed("<", *args), *args)
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def larger(typing, a, b):
+    """The larger one of two integers."""
+
+    def codegen(context, builder, signature, args):
+        return builder.select(builder.icmp_signed(">", *args), *args)
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
 def call(typing, function, arguments):
     """Call the C function at an address, with a tuple of arguments and no result."""
 
@@ -177,7 +197,8 @@ def load_part(typing, address, n):
     """The first ``n`` numbers of the vector at ``address``: those past them are not read, and are 0."""
 
     def codegen(context, builder, signature, args):
-        return load_part_of(builder, *args)
+        address, n = args
+        return load_of(builder, address, mask_of(builder, address.type.pointee, n))
 
     return Vector(address.dtype)(address, types.int64), codegen
 
@@ -196,7 +217,8 @@ def store_part(typing, vector, address, n):
     """Write the first ``n`` numbers of a vector; memory past them stays as it is."""
 
     def codegen(context, builder, signature, args):
-        store_part_of(builder, *args)
+        vector, address, n = args
+        store_of(builder, vector, address, mask_of(builder, vector.type.element, n))
         return context.get_dummy_value()
 
     return types.void(vector, address, types.int64), codegen
@@ -236,7 +258,8 @@ def load_part_or(typing, address, n, other):
         address, n, other = args
         number = address.type.pointee
         other = other if other.type == number else builder.fptrunc(other, number)
-        return load_part_of(builder, address, n, splat(builder, other, vector_of(number).count))
+        rest = splat(builder, other, vector_of(number).count)
+        return load_of(builder, address, mask_of(builder, number, n), rest)
 
     return Vector(address.dtype)(address, types.int64, types.float64), codegen
 

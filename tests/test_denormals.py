@@ -110,7 +110,7 @@ def test_steps_in_place_take_denormals_for_zeros():
     for x in denormal((1, I), np.float32), np.zeros((1, I), np.float32):
         h_n = np.full_like(h, np.nan)
         addresses = [a.ctypes.data for a in (x, h, h, *weights, h_n, h_n)]
-        direct.gru_step(layer.record, sums, 1, I, True, *addresses, 0, 1, batching.ALONE)
+        direct.gru_step(layer.records, sums, 1, I, True, *addresses, 0, 1, batching.ALONE)
         found.append(h_n)
     np.testing.assert_array_equal(*found)
 

@@ -39,7 +39,7 @@ def test_a_step_with_weights_where_they_lie(case, dtype, bias, I, H, B, threads)
     def call(me, parties, barrier):
         sums = np.full(B * layer.cell.slots * 16, np.nan, dtype)
         STEPS[case](
-            layer.record, sums, B, I, bias, places[0], given_states[0], given_states[-1], weights[0], weights[1],
+            layer.records, sums, B, I, bias, places[0], given_states[0], given_states[-1], weights[0], weights[1],
             weights[-2], weights[-1], outs[0], outs[-1], me, parties, barrier,
         )  # fmt: skip
 

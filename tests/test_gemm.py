@@ -22,16 +22,6 @@ def call_product(multiply, first, last, wide, N, M, start, target, left, packed,
 
 
 @numba.njit
-def call_pack(w, window, gates, units, H, K, out):
-    gemm.pack(at(w, 0), Window(*window), gates, units, H, K, at(out, 0))
-
-
-@numba.njit
-def call_pack_transposed(w, window, gates, units, H, N, out):
-    gemm.pack_transposed(at(w, 0), Window(*window), gates, units, H, N, at(out, 0))
-
-
-@numba.njit
 def call_pack_rows(rows, N, source, target, first, panel, row):
     gemm.pack_rows(rows, N, at(source, 0), Panels(at(target, first), panel, row))
 
@@ -251,13 +241,13 @@ def gates_in_order(w, window, units):
 @windows
 @pytest.mark.parametrize("vecs", [1, 3])
 @pytest.mark.parametrize("H", [1, 5, 16, 17, 50])
-@pytest.mark.parametrize("K", [1, 6, 35])
+@pytest.mark.parametrize("K", [1, 6, 35, 300])
 def test_pack(gates, window, vecs, H, K, dtype):
     units = vecs * LANES_OF[dtype]
     w = np.random.default_rng(0).standard_normal((gates, H, K)).astype(dtype)
     expected = gates_in_order(w, window, units).transpose(0, 3, 1, 2)
     out = np.full(expected.size + 8, np.nan, dtype)
-    call_pack(w.ravel(), tuple(window), gates, units, H, K, out)
+    gemm.pack(w.reshape(-1, K), window.count, window.rotate, gates, units, out)
     assert_same_bits(out[:-8], np.ascontiguousarray(expected).ravel())
     assert np.isnan(out[-8:]).all()
 
@@ -271,7 +261,7 @@ def test_pack_transposed(gates, window, vecs, H, N, dtype):
     w = np.random.default_rng(0).standard_normal((gates, H, N)).astype(dtype)
     expected = to_panels(gates_in_order(w, window, units).reshape(-1, N))
     out = np.full(expected.size + 8, np.nan, dtype)
-    call_pack_transposed(w.ravel(), tuple(window), gates, units, H, N, out)
+    gemm.pack_transposed(w.reshape(-1, N), window.count, window.rotate, gates, units, out)
     assert_same_bits(out[:-8], expected.ravel())
     assert np.isnan(out[-8:]).all()
 

@@ -38,8 +38,8 @@ TRAINING = """
 import json, sys
 import numpy as np
 import fastrnn
-from fastrnn.kernels import cell, gru, lstm, rnn
-total, dispatchers = 0.0, [cell.pack_weight, cell.pack_weight_transposed]
+from fastrnn.kernels import gemm, gru, lstm, rnn
+total, dispatchers = 0.0, [gemm.pack, gemm.pack_transposed]
 for Layer, kernels in (fastrnn.RNN, rnn), (fastrnn.LSTM, lstm), (fastrnn.GRU, gru):
     layer, dispatchers = Layer(3, 4, seed=0), [*dispatchers, kernels.forward, kernels.backward, kernels.step_of_arrays]
     x = np.ones((5, 2, 3), np.float32)

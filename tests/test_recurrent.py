@@ -41,19 +41,20 @@ def run(layer, x, before, gradients=None, parties=1, chunk=2, back=3):
     masks = None if cell.P == cell.H else cells.Masks(nan(0, 0), nan(0, 0), nan(0, 0))
     x_rows, (h_0, s_0) = x.reshape(N, I), (before[0], before[-1])
     out = {"y": nan(N, cell.P), "s_n": nan(B, cell.H)}
-    buffer = nan(cells.layout.py_func(cell, N, B, I, most(chunks), W, L, save, parties)[-1])
+    parts, size = packing.buffer_layout(cell, N, B, I, most(chunks), W, L, save, parties)
+    buffer = nan(size)
     packs = packing.packs(layer, save)[0, 0]
 
     def forward(me, barrier):
         share = batching.share_of(me, parties, B, cell.H, dtype, cell.spread)
         written = out["y"], out["s_n"], buffer
         layer.kernels.forward(
-            layer.record,
+            *packs[0],
             x_rows,
             h_0,
             s_0,
-            packs[0],
             *written,
+            parts,
             steps,
             chunks,
             most(chunks),
@@ -72,13 +73,14 @@ def run(layer, x, before, gradients=None, parties=1, chunk=2, back=3):
     rest = nan(-(-U // cell.spread), W), nan(3, U * L)
     d_out = bptt.Gradients(nan(N, I), nan(B, cell.P), nan(B, cell.H), *weights, *rest)
     buffers = min(parties, 2)
-    work = nan(bptt.work_layout.py_func(cell, B, most(backs), buffers, W, L)[-1])
+    work_parts, size = packing.work_layout(cell, B, most(backs), buffers, W, L)
+    work = nan(size)
 
     def backward(me, barrier):
         share = batching.share_of(me, parties, B, cell.H, dtype)
         layer.kernels.backward(
-            layer.record, dy.reshape(N, cell.P), dh_n, ds_n, packs[1], buffer, d_out, work, buffers, steps, chunks,
-            backs, most(backs), masks, True, share, barrier, multiply,
+            *packs[1], dy.reshape(N, cell.P), dh_n, ds_n, buffer, parts, d_out, work, work_parts, buffers,
+            steps, chunks, backs, most(backs), masks, True, share, barrier, multiply,
         )  # fmt: skip
 
     on_threads(parties, backward)
@@ -153,7 +155,7 @@ def test_steps_make_a_sequence(case, B, H, dtype):
     """`step`, again and again, writes what `forward` does, and nothing past its arrays."""
     layer, x, before, _ = arguments(case, 3, B, 5, H, dtype)
     expected = run(layer, x, before)
-    P, size = layer.cell.P, engine.step_size.py_func(layer.cell, B, VECS * LANES_OF[dtype], LANES_OF[dtype])
+    P, size = layer.cell.P, engine.step_size(layer.cell, B, VECS * LANES_OF[dtype], LANES_OF[dtype])
     memory = [np.full((3, B, n), np.nan, dtype) for n in (P, H)]
     memory[0][1], memory[1][1] = before[0], before[-1]
     h, s = memory[0][1:2], memory[1 if len(before) > 1 else 0][1:2]

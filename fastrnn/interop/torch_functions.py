@@ -361,7 +361,7 @@ def _step(layer: Recurrent, x: Tensor, states: Sequence[Tensor]) -> list[Tensor]
 def _direct_step(kind: str, H: int) -> tuple[Any, Array, int]:
     layer = KINDS[kind][0](1, H)
     step = {"lstm": direct.lstm_step, "gru": direct.gru_step}.get(kind, direct.rnn_step)
-    return step, layer.record, layer.cell.slots * LANES_OF[np.dtype(np.float32)]
+    return step, layer.records, layer.cell.slots * LANES_OF[np.dtype(np.float32)]
 
 
 def _packed_sequences(batch_sizes: Tensor) -> Sequences:
