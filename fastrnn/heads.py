@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from . import batching, memory
+from . import batching, memory, packing
 from .checks import as_array, as_indices, as_kernel_array, as_seed, flag, float_dtype, positive
 from .kernels import linear as kernels
 from .kernels.gemm import multiply_addresses
@@ -124,17 +124,10 @@ class Linear(Module):
         return -(-columns // (VECS * LANES_OF[self.dtype]))
 
     def _pack_forward(self) -> Array:
-        W = VECS * LANES_OF[self.dtype]
-        packed = memory.empty(self._panels(self.out_features) * W * (1 + self.in_features), self.dtype)
-        kernels.pack_forward(self.parameters["weight"], self.parameters["bias"] if self.config["bias"] else 0, packed)
-        return packed
+        return packing.pack_linear(self.parameters["weight"], self.parameters["bias"] if self.config["bias"] else 0)
 
     def _pack_backward(self) -> Array:
-        W = VECS * LANES_OF[self.dtype]
-        panels = self._panels(self.in_features) * self._panels(self.out_features)
-        packed = memory.empty(W + panels * W * W, self.dtype)
-        kernels.pack_backward(self.parameters["weight"], packed)
-        return packed
+        return packing.pack_linear_back(self.parameters["weight"])
 
     def _rows(self, x: Any, name: str) -> tuple[Array, tuple[int, ...]]:
         """``x`` as a matrix, and the shape without the last dimension."""

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from . import batching, memory
+from . import batching, memory, packing
 from .batching import Sequences
 from .kernels import layer_norm as kernels
-from .kernels import linear
 from .kernels.gemm import multiply_addresses
 from .kernels.tile import VECS
 from .kernels.vector import LANES_OF
@@ -55,26 +54,16 @@ def packs(layer: Any, save: bool) -> dict[tuple[int, int], tuple[kernels.Weights
 
 def _pack(layer: Any, k: int, d: int, backward: bool) -> kernels.Weights:
     """A direction's weights as the kernels read them; nothing of it is the layer's own memory."""
-    cell, dtype, W = layer.cell, layer.dtype, VECS * LANES_OF[layer.dtype]
-
-    def matrix(kind: str) -> Array:
-        w = given[kind]
-        N, K = -(-w.shape[0] // W) * W, -(-w.shape[1] // W) * W
-        packed = memory.empty(W + K * N if backward else N * (1 + w.shape[1]), dtype)
-        if backward:
-            linear.pack_backward(w, packed)
-        else:
-            linear.pack_forward(w, 0, packed)
-        return packed
+    cell, dtype, matrix = layer.cell, layer.dtype, packing.pack_linear_back if backward else packing.pack_linear
 
     def stack(names: list[str], size: int) -> Array:
         return np.concatenate([given.get(name, np.zeros(size, dtype)) for name in names])
 
     given = {kind: layer.parameters[name] for kind, name in layer.names[k, d].items()}
     return kernels.Weights(
-        matrix("weight_ih"),
-        matrix("weight_hh"),
-        matrix("weight_hr") if cell.P != cell.H else np.empty(0, dtype),
+        matrix(given["weight_ih"]),
+        matrix(given["weight_hh"]),
+        matrix(given["weight_hr"]) if cell.P != cell.H else np.empty(0, dtype),
         stack(["bias_ih", "weight_ln_ih", "bias_hh", "weight_ln_hh"], cell.gates * cell.H),
         stack(["weight_ln_c", "bias_ln_c", "weight_ci", "weight_cf", "weight_co"], cell.H),
     )

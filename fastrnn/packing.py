@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import memory
+from . import batching, memory
 from .kernels import bptt
 from .kernels import cell as cells
+from .kernels.gemm import WHOLE, pack, pack_transposed
 from .kernels.tile import VECS
 from .kernels.vector import LANES_OF
 from .parameters import Array
 
 if TYPE_CHECKING:
     from .recurrent import Recurrent
+
+# Multiply-adds that take about as long as packing a number.
+WORK_OF_A_NUMBER = 8
 
 Key = tuple[int, int]
 Gradients = dict[str, Array]
@@ -39,24 +43,86 @@ def weights(layer: "Recurrent", k: int, d: int) -> SimpleNamespace:
     return SimpleNamespace(**given)
 
 
+def _pack(kernel: Any, w: Array, window: cells.Window, gates: int, units: int, out: Array) -> None:
+    """Let a kernel pack some gates of a weight, on several threads if it is large."""
+
+    def call(me: int, parties: int, barrier: Array) -> None:
+        kernel(w, window.count, window.rotate, gates, units, out, me, parties, barrier)
+
+    batching.together(batching.parties_for(WORK_OF_A_NUMBER * w.size, 0, len(w), w.dtype), call)
+
+
+def _pack_weights(kernel: Any, cell: cells.Cell, w: SimpleNamespace, parts: Any, out: Array) -> None:
+    """The parts that the passes have in common."""
+    L = LANES_OF[out.dtype]
+    units, W = cell.spread * L, VECS * L
+    out[parts.zeros : parts.zeros + W] = 0
+    _pack(kernel, w.weight_ih, cell.x, cell.gates, units, out[parts.w_ih :])
+    _pack(kernel, w.weight_hh, cell.h, cell.gates, units, out[parts.w_hh :])
+    if cell.again.count:
+        _pack(kernel, w.weight_hh, cell.again, cell.gates, units, out[parts.again :])
+    if cell.P != cell.H:
+        _pack(kernel, w.weight_hr, WHOLE, 1, W, out[parts.again :])
+    if cell.peephole:
+        out[parts.extra : parts.end] = np.concatenate([_padded(p, -(-cell.H // L) * L) for p in w.peepholes])
+
+
+def _pack_bias(cell: cells.Cell, w: SimpleNamespace, out: Array) -> None:
+    """The biases of all slots; out: all of that part."""
+    L, H = LANES_OF[out.dtype], cell.H
+    slots = out.reshape(-1, VECS // cell.spread, L)
+    slots[...] = 0
+    for window, bias in (cell.x, w.bias_ih), (cell.h, w.bias_hh), (cell.again, w.bias_hh):
+        for j in range(window.count):
+            g = (j + window.rotate) % cell.gates
+            slots[:, window.slot + j] += _padded(bias[g * H : g * H + H], len(slots) * L).reshape(-1, L)
+
+
+def _padded(numbers: Array, count: int) -> Array:
+    padded = np.zeros(count, numbers.dtype)
+    padded[: len(numbers)] = numbers
+    return padded
+
+
+def pack_linear(w: Array, bias: Any = 0) -> Array:
+    """Bias (N), or a number, and weight (N, K) of a linear layer as `kernels.linear.forward` reads them."""
+    (N, K), W = w.shape, VECS * LANES_OF[w.dtype]
+    end = -(-N // W) * W
+    packed = memory.empty(end * (1 + K), w.dtype)
+    packed[:N], packed[N:end] = bias, 0
+    _pack(pack, w, WHOLE, 1, W, packed[end:])
+    return packed
+
+
+def pack_linear_back(w: Array) -> Array:
+    """The weight (N, K) of a linear layer, after a row of zeros, as `kernels.linear.backward` reads it."""
+    (N, K), W = w.shape, VECS * LANES_OF[w.dtype]
+    packed = memory.empty(W + -(-N // W) * W * -(-K // W) * W, w.dtype)
+    packed[:W] = 0
+    _pack(pack_transposed, w, WHOLE, 1, W, packed[W:])
+    return packed
+
+
 def pack_all(layer: "Recurrent") -> Array:
     """All weights as the forward kernels read them, where the layer's records say."""
-    packed = memory.empty(int(layer.records[-1]["packed"]["end"]), layer.dtype)
-    end, L = 0, LANES_OF[layer.dtype]
+    packed, L = memory.empty(int(layer.records[-1]["packed"]["end"]), layer.dtype), LANES_OF[layer.dtype]
+    first = 0
     for key in layer._keys():
         w = weights(layer, *key)
-        first, end = end, end + cells.packed_layout(layer.cell, w.weight_ih.shape[1], VECS * L, L).end
-        biases, out = (w.bias_ih, w.bias_hh), packed[first:end]
-        cells.pack_forward(layer.cell, w.weight_ih, w.weight_hh, *biases, w.weight_hr, w.peepholes, out)
+        parts = cells.packed_layout(layer.cell, w.weight_ih.shape[1], VECS * L, L)
+        own = packed[first : first + parts.end]
+        _pack_bias(layer.cell, w, own[parts.bias : parts.w_ih])
+        _pack_weights(pack, layer.cell, w, parts, own)
+        first += parts.end
     return packed
 
 
 def pack_backward(layer: "Recurrent", k: int, d: int) -> Array:
     """A direction's weights as the backward kernels read them."""
-    w = weights(layer, k, d)
-    L = LANES_OF[layer.dtype]
-    packed = memory.empty(cells.packed_back_layout(layer.cell, w.weight_ih.shape[1], VECS * L, L).end, layer.dtype)
-    cells.pack_backward(layer.cell, w.weight_ih, w.weight_hh, w.weight_hr, w.peepholes, packed)
+    w, L = weights(layer, k, d), LANES_OF[layer.dtype]
+    parts = cells.packed_back_layout(layer.cell, w.weight_ih.shape[1], VECS * L, L)
+    packed = memory.empty(parts.end, layer.dtype)
+    _pack_weights(pack_transposed, layer.cell, w, parts, packed)
     return packed
 
 

@@ -106,7 +106,7 @@ def backward(
 ):
     """Backpropagation through time. ``buffer``, as `forward` saved it, is read, and may be read again.
 
-    dy (N, P), dh_n (B, P), ds_n (B, H): gradients by the outputs; packed: as `cell.pack_backward` makes it;
+    dy (N, P), dh_n (B, P), ds_n (B, H): gradients by the outputs; packed: as `fastrnn.packing` makes it;
     buffer_parts, work_parts (1): records, a `cell.Buffer` and a `Work`; most: the rows of the largest of ``backs``.
     Written: ``d_out``, the gradients by x (N, I), h_0 (B, P), s_0 (B, H), the weights, as they are shaped, the bias
     (G W), in panels as the gates, and the peepholes (3, U L), those by weights added to unless ``fresh``; and ``work``

@@ -25,7 +25,7 @@ is as long. Buffers are C-contiguous arrays of one dtype; all belong to the call
     h_0 (B, P), s_0, s_n (B, H)   states; h_n are the last rows of y
     steps int64 (T + 1)           where each step's rows begin, and N
     chunks, backs int64           the first step of each chunk of the forward and the backward pass, and T
-    packed                        the weights, as `pack_forward` and `pack_backward` make them
+    packed                        the weights, as `fastrnn.packing` makes them: `Packed` or `PackedBack`
     buffer                        workspace, or what `forward` saves for `backward`: the parts below (`layout`)
       s (U, B, L)                 the running state s
       hm (2, B, P)                h times the recurrent mask, of every other step
@@ -55,9 +55,9 @@ from itertools import accumulate
 import numpy as np
 
 from .compiler import part
-from .gemm import Window, pack, pack_transposed, panels
+from .gemm import Window, panels
 from .tile import VECS, width
-from .vector import LANES_OF, at, lanes, smaller
+from .vector import at, lanes, smaller
 
 # gates: how many the weights have. slots: how many vectors a vector of units has in memory. spread: how many vectors
 # of units share a panel: 1 or, if they have one slot each, `VECS`. x, h: the gates that W_ih and W_hh add to; again:
@@ -165,49 +165,6 @@ def place(cell, base, slab, u, row):
     if cell.spread == 1:
         return at(base, u * slab + row * W)
     return at(base, u // VECS * slab + row * W + u % VECS * L)
-
-
-def pack_forward(cell, w_ih, w_hh, b_ih, b_hh, w_hr, peepholes, out):
-    """Pack the weights for `recurrent`; out is written. w_hr (P, H) and peepholes (3, H) may be empty."""
-    L, H = LANES_OF[out.dtype], cell.H
-    W, units = VECS * L, cell.spread * L
-    parts = packed_layout(cell, w_ih.shape[1], W, L)
-    out[: parts.w_ih] = 0
-    slots = out[parts.bias : parts.w_ih].reshape(-1, VECS // cell.spread, L)
-    for window, bias in (cell.x, b_ih), (cell.h, b_hh), (cell.again, b_hh):
-        for j in range(window.count):
-            g = (j + window.rotate) % cell.gates
-            slots[:, window.slot + j] += _padded(bias[g * H : g * H + H], len(slots) * L).reshape(-1, L)
-    pack(w_ih, cell.x.count, cell.x.rotate, cell.gates, units, out[parts.w_ih : parts.w_hh])
-    pack(w_hh, cell.h.count, cell.h.rotate, cell.gates, units, out[parts.w_hh : parts.again])
-    if cell.again.count:
-        pack(w_hh, cell.again.count, cell.again.rotate, cell.gates, units, out[parts.again : parts.extra])
-    if cell.P != H:
-        pack(w_hr, 1, 0, 1, W, out[parts.again : parts.extra])
-    if cell.peephole:
-        out[parts.extra :] = np.concatenate([_padded(p, -(-H // L) * L) for p in peepholes])
-
-
-def _padded(numbers, count):
-    padded = np.zeros(count, numbers.dtype)
-    padded[: len(numbers)] = numbers
-    return padded
-
-
-def pack_backward(cell, w_ih, w_hh, w_hr, peepholes, out):
-    """Pack the weights for `bptt`; out is written."""
-    L, H = LANES_OF[out.dtype], cell.H
-    W, units = VECS * L, cell.spread * L
-    parts = packed_back_layout(cell, w_ih.shape[1], W, L)
-    out[: parts.w_hh] = 0
-    pack_transposed(w_hh, cell.h.count, cell.h.rotate, cell.gates, units, out[parts.w_hh : parts.w_ih])
-    pack_transposed(w_ih, cell.x.count, cell.x.rotate, cell.gates, units, out[parts.w_ih : parts.again])
-    if cell.again.count:
-        pack_transposed(w_hh, cell.again.count, cell.again.rotate, cell.gates, units, out[parts.again : parts.extra])
-    if cell.P != H:
-        pack_transposed(w_hr, 1, 0, 1, W, out[parts.again : parts.extra])
-    if cell.peephole:
-        out[parts.extra :] = np.concatenate([_padded(p, -(-H // L) * L) for p in peepholes])
 
 
 @part

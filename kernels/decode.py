@@ -86,7 +86,7 @@ def _decode(packed, state, states, embedding, table, output, search, first, last
 
     packed, state: as `recurrent.step` takes them, of S K rows; state is written. states: 2 if s is not h.
     embedding (V, E), and table, as `input_table` makes it, or of no rows, are read.
-    output: the output layer's weights, as `linear.pack_forward` makes them.
+    output: the output layer's weights, as `linear.forward` takes them.
     x (S K, E), logits (some K, V), rows (K, H): workspace. parties, barrier: as for `barrier.meet`, for which a party
     that has no searches left calls with ``last = first``.
     """

@@ -11,6 +11,7 @@ from functools import lru_cache
 import numpy as np
 from numba import types
 
+from .barrier import meet
 from .compiler import address_of, kernel, part, specialise
 from .tile import ROW_PANELS, ROWS, VECS, row_product, tile_product, tile_product_of_three, width
 from .vector import (
@@ -215,15 +216,16 @@ def copy_row(source, target, n):
 
 
 @kernel
-def pack(w, count, rotate, gates, units, out):
+def pack(w, count, rotate, gates, units, out, me, parties, barrier):
     """Pack some gates of a weight for products ``x @ w.T``: ``count`` of them, as a `Window` that is so rotated.
 
     w: (gates * H, K). out: (panels, K, count, units) numbers, written: so many units of every one of these gates stand
-    together, so that a panel holds all of them; units past H are 0.
+    together, so that a panel holds all of them; units past H are 0. Number ``me`` of ``parties`` calls does a share.
     """
     w_0, packed, H, K = at(w, 0), at(out, 0), w.shape[0] // gates, w.shape[1]
     wide, V = count * units, lanes(packed)
-    for p in range((H + units - 1) // units):
+    PH = (H + units - 1) // units
+    for p in range(me * PH // parties, (me + 1) * PH // parties):
         # So many numbers of some rows, of all gates: rows far apart pass more quickly a stretch at a time.
         for first in range(0, K, PACKED_AT_ONCE):
             last = smaller(first + PACKED_AT_ONCE, K)
@@ -236,23 +238,25 @@ def pack(w, count, rotate, gates, units, out):
                 for k in range(squares, last):
                     for l in range(V):
                         target[k * wide + l] = source[l * K + k] if unit + l < H else 0
+    meet(barrier, parties)
 
 
 @kernel
-def pack_transposed(w, count, rotate, gates, units, out):
+def pack_transposed(w, count, rotate, gates, units, out, me, parties, barrier):
     """Pack some gates of a weight for products ``d @ w``, with d in panels as products with `pack`'s leave them.
 
     w: (gates * H, N). out: (panels of N, panels of H, count, units, W) numbers, written: rows in the order of `pack`'s
-    columns, 0 for units past H and columns past N.
+    columns, 0 for units past H and columns past N. Number ``me`` of ``parties`` calls does a share.
     """
     w_0, packed, H, N = at(w, 0), at(out, 0), w.shape[0] // gates, w.shape[1]
     W, wide = width(packed), count * units
     rows = (H + units - 1) // units * wide
-    for i in range(rows):
+    for i in range(me * rows // parties, (me + 1) * rows // parties):
         g, unit = (i // units % count + rotate) % gates, i // wide * units + i % units
         source = at(w_0, (g * H + unit) * N)
         for p in range(panels(N, packed)):
             copy_row(at(source, p * W), at(packed, (p * rows + i) * W), N - p * W if unit < H else 0)
+    meet(barrier, parties)
 
 
 @part(inline=False)

@@ -18,7 +18,7 @@ Buffers are C-contiguous arrays of one dtype, all but x, y and states of one dim
 nothing is allocated here. ``R`` rows: all N if ``save``, else as many as the largest chunk and the batch have.
 
     weights     `Weights`
-      ih, hh, hr                as `linear.pack_forward` makes them, without biases, or `linear.pack_backward`
+      ih, hh, hr                as `linear.forward` takes them, without biases, or `linear.backward`
       gates (4, M)              b_ih, g_ih, b_hh, g_hh
       units (5, H)              the LSTM's g_c, b_c and peepholes of i, f, o
     buffers     `Buffers`: what `forward` saves for `backward`, and its workspace

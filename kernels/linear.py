@@ -4,7 +4,7 @@ Buffers are C-contiguous arrays of one dtype; all belong to the caller, and noth
 width of a panel; ``PN`` and ``PK`` are the panels of N and K columns.
 
     x (M, K), y (M, N)          rows in and out
-    packed (PN W (1 + K))       bias and weight, as `pack_forward` makes it
+    packed (PN W (1 + K))       bias and weight, as `fastrnn.packing.pack_linear` makes it
     xs (PK, M, W)               x in panels, which `forward` saves for `backward`
 
 Threads: number ``me`` of ``parties`` calls that run at once does a share of the rows or, of few rows, of the panels,
@@ -14,27 +14,12 @@ and of the weight's gradient by tiles. The bits do not depend on the cut. ``mult
 from .barrier import meet
 from .compiler import kernel
 from .denormals import flush_denormals, restore_mode
-from .gemm import Left, Panels, load, pack, pack_rows, pack_transposed, panels, product, store
-from .tile import ROWS, VECS, width
-from .vector import LANES_OF, at, lanes, smaller
+from .gemm import Left, Panels, load, pack_rows, panels, product, store
+from .tile import ROWS, width
+from .vector import at, lanes, smaller
 
 # Rows whose part of the weight's gradient is added at once, so that they stay in the second-level cache meanwhile.
 ROWS_AT_ONCE = 256
-
-
-def pack_forward(w, bias, out):
-    """Pack the weights for `forward`. w: (N, K), bias: (N) or a number; out (PN W (1 + K)) is written."""
-    N, W = len(w), VECS * LANES_OF[out.dtype]
-    end = -(-N // W) * W
-    out[:N], out[N:end] = bias, 0
-    pack(w, 1, 0, 1, W, out[end:])
-
-
-def pack_backward(w, out):
-    """Pack the weights for `backward`. w: (N, K); out (W + PK PN W W), written: a row of zeros, the weights."""
-    W = VECS * LANES_OF[out.dtype]
-    out[:W] = 0
-    pack_transposed(w, 1, 0, 1, W, out[W:])
 
 
 @kernel
@@ -57,7 +42,7 @@ def forward(x, packed, y, xs, save, me, parties, barrier, multiply):
 
 @kernel
 def backward(dy, xs, packed, dx, dw, db, me, parties, barrier, multiply):
-    """The gradients by x, weight and bias. dy (M, N), xs, packed (`pack_backward`) are read.
+    """The gradients by x, weight and bias. dy (M, N), xs, packed (`pack_linear_back`) are read.
 
     dx (M, K), dw (N, K), db (N) are written. Each number of dw and db is summed over the rows in ascending order.
     """

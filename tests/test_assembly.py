@@ -45,8 +45,7 @@ SPECIALISATIONS = {
     "lstm.forward_with_options": 2, "lstm.backward_with_options": 2, "lstm.step_of_arrays_with_options": 2,
     "gru.forward": 4, "gru.backward": 4, "gru.step_of_arrays": 2,
     "gru.forward_reset_before": 2, "gru.backward_reset_before": 2, "gru.step_of_arrays_reset_before": 2,
-    "cell.pack": 2, "cell.pack_transposed": 2,
-    "linear.pack": 2, "linear.pack_transposed": 2, "linear.forward": 2, "linear.backward": 2,
+    "packing.pack": 2, "packing.pack_transposed": 2, "linear.forward": 2, "linear.backward": 2,
 }  # fmt: skip
 LIBM = re.compile(
     r"(?<!\w)_?((?:exp|exp2|expm1|log|log1p|tanh|sinh|cosh|pow|ldexp|fma|sqrt)f?|__svml\w+|_ZGV\w+)(?!\w)"
@@ -54,16 +53,17 @@ LIBM = re.compile(
 ALLOCATOR = re.compile(r"(?<!\w)(NRT_\w*(?:[Aa]lloc|MemInfo_new)\w*|malloc|calloc|realloc|free|memalign)(?!\w)")
 
 
-def functions_of(kernels):
+def functions_of(kernels, packing):
     """Dispatchers that Python calls, as ``(module, name)``: those whose calls are recorded, and none is run."""
     for name in ("rnn", "lstm", "gru"):
         for stem in ("forward", "backward", "step_of_arrays"):
             for end in ("", "_with_options", "_reset_before"):
                 if hasattr(getattr(kernels, name), stem + end):
                     yield getattr(kernels, name), stem + end
-    for module, names in (kernels.cell, ()), (kernels.linear, ("forward", "backward")):
-        for name in ("pack", "pack_transposed", *names):
-            yield module, name
+    yield packing, "pack"
+    yield packing, "pack_transposed"
+    yield kernels.linear, "forward"
+    yield kernels.linear, "backward"
 
 
 class Recorder:
@@ -158,7 +158,7 @@ def report(wanted):
     from fastrnn import kernels
 
     recorders, found = {}, {}
-    for module, name in list(functions_of(kernels)):
+    for module, name in list(functions_of(kernels, fastrnn.packing)):
         recorders[f"{module.__name__.rpartition('.')[2]}.{name}"] = recorder = Recorder(getattr(module, name))
         setattr(module, name, recorder)
     # These hold the kernels themselves.

@@ -238,30 +238,38 @@ def gates_in_order(w, window, units):
     return rows.reshape(window.count, panels, units, K).swapaxes(0, 1)
 
 
+def in_turn(kernel, parties, *arguments):
+    """Parties one after another, which find that all have come to the barrier."""
+    for me in range(parties):
+        kernel(*arguments, me, parties, np.array([0, 1]))
+
+
 @windows
+@pytest.mark.parametrize("parties", [1, 3])
 @pytest.mark.parametrize("vecs", [1, 3])
 @pytest.mark.parametrize("H", [1, 5, 16, 17, 50])
 @pytest.mark.parametrize("K", [1, 6, 35, 300])
-def test_pack(gates, window, vecs, H, K, dtype):
+def test_pack(gates, window, vecs, H, K, parties, dtype):
     units = vecs * LANES_OF[dtype]
     w = np.random.default_rng(0).standard_normal((gates, H, K)).astype(dtype)
     expected = gates_in_order(w, window, units).transpose(0, 3, 1, 2)
     out = np.full(expected.size + 8, np.nan, dtype)
-    gemm.pack(w.reshape(-1, K), window.count, window.rotate, gates, units, out)
+    in_turn(gemm.pack, parties, w.reshape(-1, K), window.count, window.rotate, gates, units, out)
     assert_same_bits(out[:-8], np.ascontiguousarray(expected).ravel())
     assert np.isnan(out[-8:]).all()
 
 
 @windows
+@pytest.mark.parametrize("parties", [1, 3])
 @pytest.mark.parametrize("vecs", [1, VECS])
 @pytest.mark.parametrize("H", [1, 5, 16, 17])
 @pytest.mark.parametrize("N", [1, 64, 67])
-def test_pack_transposed(gates, window, vecs, H, N, dtype):
+def test_pack_transposed(gates, window, vecs, H, N, parties, dtype):
     units = vecs * LANES_OF[dtype]
     w = np.random.default_rng(0).standard_normal((gates, H, N)).astype(dtype)
     expected = to_panels(gates_in_order(w, window, units).reshape(-1, N))
     out = np.full(expected.size + 8, np.nan, dtype)
-    gemm.pack_transposed(w.reshape(-1, N), window.count, window.rotate, gates, units, out)
+    in_turn(gemm.pack_transposed, parties, w.reshape(-1, N), window.count, window.rotate, gates, units, out)
     assert_same_bits(out[:-8], expected.ravel())
     assert np.isnan(out[-8:]).all()
 
