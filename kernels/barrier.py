@@ -45,6 +45,12 @@ def _pause(typing):
 _sleep = types.ExternalFunction("Sleep" if sys.platform == "win32" else "usleep", types.int32(types.uint32))
 
 
+@part
+def portion(n, me, parties):
+    """Number ``me``'s part of n things that are shared out among parties: the first one, and that after the last."""
+    return me * n // parties, (me + 1) * n // parties
+
+
 @part(inline=False)
 def meet(barrier, parties):
     """Wait until all ``parties`` threads have arrived. ``barrier``: int64 (2), zeros at first, shared by them.

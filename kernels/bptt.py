@@ -7,8 +7,8 @@ Every number of a gradient by weights is one sum over the rows, the last one fir
 from collections import namedtuple
 from itertools import accumulate
 
-from .barrier import meet
-from .cell import geometry, outputs_of, panels_of_gates, place
+from .barrier import meet, portion
+from .cell import geometry, in_panels, outputs_of, panels_of_gates, place
 from .compiler import part
 from .denormals import flush_denormals, restore_mode
 from .gemm import WHOLE, Left, Panels, load, panels, product, store, zeros
@@ -29,7 +29,8 @@ def _weight_gradient(d, slab, rows, H, window, gates, units, N, source, dw, noth
     W, L = width(d), lanes(d)
     U, P = (H + L - 1) // L, panels(N, d)
     columns = U * window.count
-    for item in range(me * P * columns // parties, (me + 1) * P * columns // parties):
+    i0, i1 = portion(P * columns, me, parties)
+    for item in range(i0, i1):
         first = item // (PANELS_AT_ONCE * columns) * PANELS_AT_ONCE
         at_once, rest = smaller(PANELS_AT_ONCE, P - first), item - first * columns
         p, u, g = first + rest % at_once, rest // at_once // window.count, rest // at_once % window.count
@@ -43,7 +44,8 @@ def _weight_gradient(d, slab, rows, H, window, gates, units, N, source, dw, noth
 def _column_sums(d, slab, rows, G, sums, fresh, me, parties):
     """``sums (G, W) (+)=`` the sum of so many rows of d, this party's panels of it."""
     W, L = width(d), lanes(d)
-    for g in range(me * G // parties, (me + 1) * G // parties):
+    g0, g1 = portion(G, me, parties)
+    for g in range(g0, g1):
         n, total = 0 if fresh else L, at(sums, g * W)
         t_0, t_1, t_2, t_3 = load(total, n), load(at(total, L), n), load(at(total, 2 * L), n), load(at(total, 3 * L), n)
         for row in range(rows):
@@ -143,7 +145,7 @@ def backward(
 
     for b in range(b0, b1):
         for v in range(v0, v1):
-            store(load(at(dh_n, b * P + v * L), P - v * L), at(dh, (v // VECS * B + b) * W + v % VECS * L), L)
+            store(load(at(dh_n, b * P + v * L), P - v * L), in_panels(dh, B * W, v, b), L)
         for u in range(u0, u1):
             store(load(at(ds_n, b * H + u * L), H - u * L), at(ds, (u * B + b) * L), L)
     # Lanes past the last unit are never written below, but products read them.
@@ -176,14 +178,13 @@ def backward(
                     for v in range(v0, v1):
                         n = P - v * L
                         for b in range(r0, r1):
-                            in_panel = (v // VECS * B + b) * W + v % VECS * L
-                            dh_t = load(at(dy, (row + b) * P + v * L), n) + load(at(dh, in_panel), L)
+                            dh_t = load(at(dy, (row + b) * P + v * L), n) + load(in_panels(dh, B * W, v, b), L)
                             kept = zero
                             if zoned:
                                 z = load(at(masks.zone_h, (row + b) * zone_h_row + v * L), n)
                                 kept, dh_t = z * dh_t, (1.0 - z) * dh_t
-                            store(kept, at(direct, in_panel), L)
-                            store(dh_t, at(dp, v // VECS * slab + (mirror - b) * W + v % VECS * L), n)
+                            store(kept, in_panels(direct, B * W, v, b), L)
+                            store(dh_t, in_panels(dp, slab, v, mirror - b), n)
                     if cut:
                         meet(barrier, parties)
                     left = Left(at(dp, (mirror - r0) * W), -W, 1, PP, slab)
@@ -193,16 +194,15 @@ def backward(
             for u in range(u0, u1):
                 n = H - u * L
                 for b in range(r0, r1):
-                    in_panel = (u // VECS * B + b) * W + u % VECS * L
                     a, da = place(cell, g_t, g_slab, u, b), place(cell, d, slab, u, mirror - b)
                     s, ds_at = zero, at(ds, (u * B + b) * L)
                     if cell.carries:
                         s = load(at(ss, (u * N + row + b) * L), L)
                     ds_t, ds_kept, dh_kept = load(ds_at, L), zero, zero
                     if P != H:
-                        dh_t = load(at(dm, in_panel), L)
+                        dh_t = load(in_panels(dm, B * W, u, b), L)
                     else:
-                        dh_t = load(at(dy, (row + b) * P + u * L), n) + load(at(dh, in_panel), L)
+                        dh_t = load(at(dy, (row + b) * P + u * L), n) + load(in_panels(dh, B * W, u, b), L)
                     if masks is not None:
                         if zoned:
                             z = load(at(masks.zone_s, (row + b) * zone_s_row + u * L), n)
@@ -213,7 +213,7 @@ def backward(
                     dh_t, ds_t = retreat(cell, extra, u, a, da, s, dh_t, ds_t, n)
                     store(ds_kept + ds_t, ds_at, L)
                     if P == H:
-                        store(dh_kept + dh_t, at(direct, in_panel), L)
+                        store(dh_kept + dh_t, in_panels(direct, B * W, u, b), L)
 
             if reset_backward is not None:
                 if cut:
@@ -223,14 +223,13 @@ def backward(
                 product(multiply, u0 // VECS, -(-u1 // VECS), W, U * L, r1 - r0, nothing, target, left, again, units)
                 for u in range(u0, u1):
                     for b in range(r0, r1):
-                        in_panel = (u // VECS * B + b) * W + u % VECS * L
                         a, da = place(cell, g_t, g_slab, u, b), place(cell, d, slab, u, mirror - b)
                         h, mask = load(at(ss, (u * N + row + b) * L), L), zero + 1.0
                         if masks is not None:
                             if masked:
                                 mask = load(at(masks.h, b * H + u * L), H - u * L)
-                        dh_t = mask * reset_backward(a, da, mask * h, load(at(dm, in_panel), L), H - u * L)
-                        store(load(at(direct, in_panel), L) + dh_t, at(direct, in_panel), L)
+                        dh_t = mask * reset_backward(a, da, mask * h, load(in_panels(dm, B * W, u, b), L), H - u * L)
+                        store(load(in_panels(direct, B * W, u, b), L) + dh_t, in_panels(direct, B * W, u, b), L)
 
             if cut:
                 meet(barrier, parties)
@@ -243,12 +242,11 @@ def backward(
                 if masked:
                     for v in range(v0, v1):
                         for b in range(r0, r1):
-                            in_panel = (v // VECS * B + b) * W + v % VECS * L
-                            dh_t = load(at(dh, in_panel), L) * load(at(masks.h, b * P + v * L), P - v * L)
-                            store(load(at(direct, in_panel), L) + dh_t, at(dh, in_panel), L)
+                            dh_t = load(in_panels(dh, B * W, v, b), L) * load(at(masks.h, b * P + v * L), P - v * L)
+                            store(load(in_panels(direct, B * W, v, b), L) + dh_t, in_panels(dh, B * W, v, b), L)
         meet(barrier, parties)
 
-        r0, r1 = me * rows // parties, (me + 1) * rows // parties
+        r0, r1 = portion(rows, me, parties)
         target = Panels(at(d_out.x, (steps[last] - 1 - r0) * I), W, -I)
         left = Left(at(d, r0 * W + cell.x.slot * L), W, 1, G, slab)
         product(multiply, 0, PI, W, I, r1 - r0, nothing, target, left, w_ih, x_wide)
@@ -275,7 +273,8 @@ def backward(
             )
         _column_sums(d, slab, rows, G, at(d_out.b, 0), new, me, parties)
         if peephole_sums is not None:
-            for u in range(me * U // parties, (me + 1) * U // parties if cell.peephole else 0):
+            first_u, end_u = portion(U if cell.peephole else 0, me, parties)
+            for u in range(first_u, end_u):
                 sums = at(d_out.peepholes, u * L)
                 n = 0 if new else L
                 p_i, p_f, p_o = load(sums, n), load(at(sums, U * L), n), load(at(sums, 2 * U * L), n)
@@ -297,7 +296,7 @@ def backward(
 
     for b in range(b0, b1):
         for v in range(v0, v1):
-            store(load(at(dh, (v // VECS * B + b) * W + v % VECS * L), L), at(d_out.h_0, b * P + v * L), P - v * L)
+            store(load(in_panels(dh, B * W, v, b), L), at(d_out.h_0, b * P + v * L), P - v * L)
         for u in range(u0, u1):
             store(load(at(ds, (u * B + b) * L), L), at(d_out.s_0, b * H + u * L), H - u * L)
     meet(barrier, parties)

@@ -54,6 +54,7 @@ from itertools import accumulate
 
 import numpy as np
 
+from .barrier import portion
 from .compiler import part
 from .gemm import Window, panels
 from .tile import VECS, width
@@ -159,12 +160,16 @@ def geometry(cell, address):
 
 
 @part
+def in_panels(base, slab, v, row):
+    """The address of vector v of a row of a matrix in panels ``slab`` numbers apart."""
+    W, L = width(base), lanes(base)
+    return at(base, v // VECS * slab + row * W + v % VECS * L)
+
+
+@part
 def place(cell, base, slab, u, row):
     """The address of the first slot of vector u of units, in panels of gates ``slab`` apart."""
-    W, L = width(base), lanes(base)
-    if cell.spread == 1:
-        return at(base, u * slab + row * W)
-    return at(base, u // VECS * slab + row * W + u % VECS * L)
+    return at(base, u * slab + row * width(base)) if cell.spread == 1 else in_panels(base, slab, u, row)
 
 
 @part
@@ -178,4 +183,5 @@ def outputs_of(cell, share, address):
     if u1 - u0 == U:
         return 0, vectors
     PP = panels(cell.P, address)
-    return smaller(vectors, me * PP // parties * VECS), smaller(vectors, (me + 1) * PP // parties * VECS)
+    p0, p1 = portion(PP, me, parties)
+    return smaller(vectors, p0 * VECS), smaller(vectors, p1 * VECS)

@@ -5,7 +5,7 @@ calls a cell's ``advance`` stands for that name in the template `step`.
 """
 
 from . import gru, lstm, rnn
-from .barrier import meet
+from .barrier import meet, portion
 from .compiler import part, specialise
 from .denormals import flush_denormals, restore_mode
 from .gemm import load, store, zeros
@@ -43,7 +43,8 @@ def step(cells, sums, B, I, biased, x, h, s, w_ih, w_hh, b_ih, b_hh, h_n, s_n, m
     H, L = cell.H, lanes(a)
     x, h, s, h_n, s_n = pointer(x, sums), pointer(h, sums), pointer(s, sums), pointer(h_n, sums), pointer(s_n, sums)
     U = (H + L - 1) // L
-    for u in range(me * U // parties, (me + 1) * U // parties):
+    u0, u1 = portion(U, me, parties)
+    for u in range(u0, u1):
         for i in range(B * cell.slots):
             store(zeros(a), at(a, i * L), L)
         add_products(cell, cell.x, pointer(b_ih, sums), pointer(w_ih, sums), x, B, I, u, a, biased)

@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 from numba import types
 
-from .barrier import meet
+from .barrier import meet, portion
 from .compiler import address_of, kernel, part, specialise
 from .tile import ROW_PANELS, ROWS, VECS, row_product, tile_product, tile_product_of_three, width
 from .vector import (
@@ -225,7 +225,8 @@ def pack(w, count, rotate, gates, units, out, me, parties, barrier):
     w_0, packed, H, K = at(w, 0), at(out, 0), w.shape[0] // gates, w.shape[1]
     wide, V = count * units, lanes(packed)
     PH = (H + units - 1) // units
-    for p in range(me * PH // parties, (me + 1) * PH // parties):
+    p0, p1 = portion(PH, me, parties)
+    for p in range(p0, p1):
         # So many numbers of some rows, of all gates: rows far apart pass more quickly a stretch at a time.
         for first in range(0, K, PACKED_AT_ONCE):
             last = smaller(first + PACKED_AT_ONCE, K)
@@ -251,7 +252,8 @@ def pack_transposed(w, count, rotate, gates, units, out, me, parties, barrier):
     w_0, packed, H, N = at(w, 0), at(out, 0), w.shape[0] // gates, w.shape[1]
     W, wide = width(packed), count * units
     rows = (H + units - 1) // units * wide
-    for i in range(me * rows // parties, (me + 1) * rows // parties):
+    i0, i1 = portion(rows, me, parties)
+    for i in range(i0, i1):
         g, unit = (i // units % count + rotate) % gates, i // wide * units + i % units
         source = at(w_0, (g * H + unit) * N)
         for p in range(panels(N, packed)):

@@ -39,7 +39,7 @@ one order whatever the cuts.
 from collections import namedtuple
 
 from .activations import sigmoid, tanh
-from .barrier import meet
+from .barrier import meet, portion
 from .compiler import kernel, part
 from .denormals import flush_denormals, restore_mode
 from .gemm import Left, Panels, load, pack_rows, panels, product, store, zeros
@@ -263,7 +263,7 @@ def forward(cell, advance, slots, x, h_0, s, weights, y, buffers, steps, chunks,
     zone_h_row, zone_s_row = P if len(masks.zone_h) > 1 else 0, H if len(masks.zone_s) > 1 else 0
 
     if save:
-        r0, r1 = me * N // parties, (me + 1) * N // parties
+        r0, r1 = portion(N, me, parties)
         pack_rows(r1 - r0, I, at(x, r0 * I), Panels(at(buffers.xs, r0 * W), N * W, W))
     for q in range(len(chunks) - 1):
         for t in range(chunks[q], chunks[q + 1]):
@@ -332,7 +332,8 @@ def _weight_gradient(d, rows, N, K, source, dw, nothing, fresh, me, parties, mul
     groups, last = (N + group - 1) // group, rows - 1
     backwards = Panels(at(source.address, last * source.row), source.panel, -source.row)
     count = groups * panels(K, d)
-    for item in range(me * count // parties, (me + 1) * count // parties):
+    i0, i1 = portion(count, me, parties)
+    for item in range(i0, i1):
         p, n = item // groups, item % groups * group
         target, left = Panels(at(dw, n * K), W, K), Left(at(d, last * N + n), 1, -N, 1, 0)
         start = nothing if fresh else target
@@ -439,7 +440,8 @@ def backward(
         # What the gains and biases get: from here on du is still by u, and dn has what dv no longer has.
         vectors = (H + L - 1) // L
         u, v, normal = at(buffers.u, base * M), at(buffers.v, base * M), at(buffers.normal, base * H)
-        for item in range(me * vectors // parties, (me + 1) * vectors // parties):
+        i0, i1 = portion(vectors, me, parties)
+        for item in range(i0, i1):
             j, n = item * L, H - item * L
             for g in range(cell.gates):
                 k = g * H + j
@@ -456,7 +458,7 @@ def backward(
                     _peepholes(cell, at(du, j), gates, before, rows, at(sums, 2 * H), n, new)
         meet(barrier, parties)
 
-        r0, r1 = me * rows // parties, (me + 1) * rows // parties
+        r0, r1 = portion(rows, me, parties)
         for r in range(r0, r1):
             k = base + r
             normalise_backward(at(du, r * M), gain_ih, at(u, r * M), 1.0 * buffers.scales[3 * k], M, scratch)

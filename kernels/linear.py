@@ -11,7 +11,7 @@ Threads: number ``me`` of ``parties`` calls that run at once does a share of the
 and of the weight's gradient by tiles. The bits do not depend on the cut. ``multiply`` is `gemm.multiply_addresses`.
 """
 
-from .barrier import meet
+from .barrier import meet, portion
 from .compiler import kernel
 from .denormals import flush_denormals, restore_mode
 from .gemm import Left, Panels, load, pack_rows, panels, product, store
@@ -29,11 +29,11 @@ def forward(x, packed, y, xs, save, me, parties, barrier, multiply):
     N = y.shape[1]
     W = width(at(x, 0))
     PN = panels(N, at(x, 0))
-    r0, r1, p0, p1 = me * M // parties, (me + 1) * M // parties, 0, PN
+    (r0, r1), p0, p1 = portion(M, me, parties), 0, PN
     if save:
         pack_rows(r1 - r0, K, at(x, r0 * K), Panels(at(xs, r0 * W), M * W, W))
     if parties * ROWS > M:
-        r0, r1, p0, p1 = 0, M, me * PN // parties, (me + 1) * PN // parties
+        r0, r1, (p0, p1) = 0, M, portion(PN, me, parties)
     bias, w = Panels(at(packed, 0), W, 0), Panels(at(packed, PN * W), K * W, W)
     product(multiply, p0, p1, W, N, r1 - r0, bias, Panels(at(y, r0 * N), W, N), Left(at(x, r0 * K), K, 1, 1, 0), w, K)
     meet(barrier, parties)
@@ -52,7 +52,7 @@ def backward(dy, xs, packed, dx, dw, db, me, parties, barrier, multiply):
     PN, PK = panels(N, at(dy, 0)), panels(K, at(dy, 0))
     nothing = Panels(at(packed, 0), 0, 0)
 
-    r0, r1 = me * M // parties, (me + 1) * M // parties
+    r0, r1 = portion(M, me, parties)
     w = Panels(at(packed, W), PN * W * W, W)
     target, left = Panels(at(dx, r0 * K), W, K), Left(at(dy, r0 * N), N, 1, 1, 0)
     product(multiply, 0, PK, W, K, r1 - r0, nothing, target, left, w, N)
@@ -62,7 +62,8 @@ def backward(dy, xs, packed, dx, dw, db, me, parties, barrier, multiply):
     for first in range(0, M, ROWS_AT_ONCE):
         rows = smaller(ROWS_AT_ONCE, M - first)
         source = Panels(at(xs, first * W), M * W, W)
-        for item in range(me * PK * groups // parties, (me + 1) * PK * groups // parties):
+        i0, i1 = portion(PK * groups, me, parties)
+        for item in range(i0, i1):
             p, n = item // groups, item % groups * group
             target = Panels(at(dw, n * K), W, K)
             left = Left(at(dy, first * N + n), 1, N, 1, 0)
@@ -70,7 +71,8 @@ def backward(dy, xs, packed, dx, dw, db, me, parties, barrier, multiply):
             product(multiply, p, p + 1, W, K, smaller(group, N - n), start, target, left, source, rows)
 
     vectors = (N + L - 1) // L
-    for v in range(me * vectors // parties, (me + 1) * vectors // parties):
+    v0, v1 = portion(vectors, me, parties)
+    for v in range(v0, v1):
         n = N - v * L
         total = load(at(dy, v * L), n)
         for r in range(1, M):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from .activations import exp_nonpositive
-from .barrier import meet
+from .barrier import meet, portion
 from .compiler import kernel, part
 from .denormals import flush_denormals, restore_mode
 from .gemm import load, store
@@ -33,7 +33,8 @@ def cross_entropy(logits, targets, losses, dlogits, me, parties, barrier):
     mode, (R, V) = flush_denormals(), logits.shape
     L = lanes(at(logits, 0))
     whole = V - V % L
-    for r in range(me * R // parties, (me + 1) * R // parties):
+    r0, r1 = portion(R, me, parties)
+    for r in range(r0, r1):
         x, d, target = at(logits, r * V), at(dlogits, r * V), targets[r]
         # A NaN that the maximum has passed over is in the sum.
         highest = highest_of(x, V)

@@ -5,10 +5,10 @@ The input's share of the gates needs no recurrence: it is computed for a chunk o
 
 from collections import namedtuple
 
-from .barrier import meet
-from .cell import geometry, outputs_of, panels_of_gates, place
+from .barrier import meet, portion
+from .cell import geometry, in_panels, outputs_of, panels_of_gates, place
 from .denormals import flush_denormals, restore_mode
-from .gemm import Left, Panels, load, pack_rows, panels, product, product_of_row, store
+from .gemm import Left, Panels, load, panels, product, product_of_row, store
 from .tile import RIDER_ROWS, ROW_PANELS, VECS, row_and_tile_product
 from .vector import at, larger, smaller
 
@@ -53,25 +53,28 @@ def forward(
     bias, extra, w_again = at(packed, of_packed.bias), at(packed, of_packed.extra), at(packed, of_packed.again)
     w_ih, w_hh = at(packed, of_packed.w_ih), at(packed, of_packed.w_hh)
     w_ih, w_hh = Panels(w_ih, I * x_wide, x_wide), Panels(w_hh, P * h_wide, h_wide)
-    cut = u1 - u0 < U
+    cut, VP = u1 - u0 < U, (P + L - 1) // L
     if masks is not None:
         masked, zoned, projected = masks.h.size > 0, masks.zone_h.size > 0, P != H
         zone_h_row, zone_s_row = P if len(masks.zone_h) > 1 else 0, H if len(masks.zone_s) > 1 else 0
         v0, v1 = outputs_of(cell, share, at(x, 0))
     g0, g1 = (u0, u1) if cell.spread == 1 else (u0 // VECS, (u1 + VECS - 1) // VECS)
 
-    if save:
-        r0, r1 = me * N // parties, (me + 1) * N // parties
-        pack_rows(r1 - r0, I, at(x, r0 * I), Panels(at(xs, (N - 1 - r0) * W), N * W, -W))
-    for b in range(me * B // parties, (me + 1) * B // parties):
-        for j in range(0, P, L):
-            h = load(at(h_0, b * P + j), P - j)
+    r0, r1 = portion(N if save else 0, me, parties)
+    for r in range(r0, r1):
+        for v in range(panels(I, xs) * VECS):
+            store(load(at(x, r * I + v * L), I - v * L), in_panels(xs, N * W, v, N - 1 - r), L)
+    r0, r1 = portion(B, me, parties)
+    for b in range(r0, r1):
+        for v in range(VP):
+            here, n = b * P + v * L, P - v * L
+            h = load(at(h_0, here), n)
             if masks is not None:
                 if masked:
-                    h = h * load(at(masks.h, b * P + j), P - j)
-                    store(h, at(hm, b * P + j), P - j)
+                    h = h * load(at(masks.h, here), n)
+                    store(h, at(hm, here), n)
             if save and b < steps[1]:
-                store(h, at(hs, j // W * N * W + (N - 1 - b) * W + j % W), L)
+                store(h, in_panels(hs, N * W, v, N - 1 - b), L)
     if cell.carries:
         for u in range(u0, u1):
             for b in range(b0, b1):
@@ -129,7 +132,7 @@ def forward(
                         rh = reset(place(cell, g_t, slab, u, b), load(at(h, b * H + u * L), H - u * L))
                         store(rh, at(m, b * H + u * L), H - u * L)
                         if save:
-                            store(rh, at(ms, u // VECS * N * W + (mirror - b) * W + u % VECS * L), L)
+                            store(rh, in_panels(ms, N * W, u, mirror - b), L)
                 if cut:
                     meet(barrier, parties)
                 target = Panels(at(g_t, r0 * W + cell.again.slot * L), slab, W)
@@ -154,7 +157,7 @@ def forward(
                 else:
                     product(multiply, lo, hi, h_wide, U * L * cell.h.count, r1 - r0, target, target, left, w_hh, P)
                 for u in range(lo * cell.spread, smaller(hi * cell.spread, U)):
-                    n, in_panel = H - u * L, u // VECS * N * W + u % VECS * L
+                    n = H - u * L
                     for b in range(r0, r1):
                         s_at = at(s, (u * B + b) * L)
                         s_before = load(s_at, L)
@@ -170,11 +173,11 @@ def forward(
                         if masks is None:
                             store(h_t, at(y, (row + b) * H + u * L), n)
                             if save and b < n_next:
-                                store(h_t, at(hs, in_panel + (mirror_next - b) * W), L)
+                                store(h_t, in_panels(hs, N * W, u, mirror_next - b), L)
                         else:
                             store(h_t, at(m, (B + b) * H + u * L), n)
                             if save and projected:
-                                store(h_t, at(ms, in_panel + (mirror - b) * W), L)
+                                store(h_t, in_panels(ms, N * W, u, mirror - b), L)
 
             if masks is not None:
                 if projected:
@@ -196,7 +199,7 @@ def forward(
                             h_t = h_t * load(at(masks.h, b * P + v * L), n)
                             store(h_t, at(hm, ((t + 1) % 2 * B + b) * P + v * L), n)
                         if save and b < n_next:
-                            store(h_t, at(hs, v // VECS * N * W + (mirror_next - b) * W + v % VECS * L), L)
+                            store(h_t, in_panels(hs, N * W, v, mirror_next - b), L)
             if cut:
                 meet(barrier, parties)
 
