@@ -14,7 +14,8 @@ MOST_KEPT = 2**29
 # Numbers from which on a buffer begins on a cache line, so that no vector of it straddles two.
 WORTH_ALIGNING = 4096
 
-# Blocks that nobody uses, by id, as they were given back. Its methods are atomic: threads need no lock.
+# Blocks that nobody uses, by id, as they were given back. Whoever pops one has it: threads need no lock. Only blocks
+# are listed: to make pairs could start a garbage collection, and that could give back another meanwhile.
 _kept: dict[int, NDArray[np.uint8]] = {}
 
 
@@ -27,18 +28,18 @@ class _Lent:
     # At the interpreter's end a module's names may be gone, but not a default argument.
     def __del__(self, kept: dict[int, NDArray[np.uint8]] = _kept, most: int = MOST_KEPT) -> None:
         kept[id(self.block)] = self.block
-        blocks = [*kept.items()]
-        too_much = sum(block.nbytes for _, block in blocks) - most
-        for key, block in blocks:
-            if too_much > 0 and kept.pop(key, None) is not None:
+        blocks = [*kept.values()]
+        too_much = sum(block.nbytes for block in blocks) - most
+        for block in blocks:
+            if too_much > 0 and kept.pop(id(block), None) is not None:
                 too_much -= block.nbytes
 
 
 def _block(size: int) -> NDArray[np.uint8]:
-    """A block of at least so many bytes: the smallest of those kept, unless it is more than twice as large."""
-    for _, key in sorted((block.nbytes, key) for key, block in [*_kept.items()] if size <= block.nbytes <= 2 * size):
-        block = _kept.pop(key, None)
-        if block is not None:  # no other thread took it
+    """A block of at least so many bytes: the smallest of those kept, unless it is more than a quarter larger."""
+    fitting = [block for block in [*_kept.values()] if size <= block.nbytes <= 1.25 * size]
+    for block in sorted(fitting, key=lambda block: block.nbytes):
+        if _kept.pop(id(block), None) is not None:  # no other thread took it
             return block
     try:
         return np.empty(size, np.uint8)

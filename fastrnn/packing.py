@@ -1,6 +1,6 @@
-"""How a layer's weights and their gradients lie in memory for the kernels, and how large buffers are.
+"""How a layer's weights and their gradients lie in memory for the kernels, and the sizes of buffers.
 
-`fastrnn.kernels.cell` has the layouts; `layer_norm` has these functions for layers with ``layer_norm``.
+`fastrnn.kernels.cell` has the layouts; `layer_norm` has `packs`, `gradients` and `named` of its own.
 """
 
 from functools import lru_cache, partial
@@ -195,10 +195,10 @@ def _bias_places(cell: cells.Cell, L: int) -> tuple[Array, Array]:
 @lru_cache(1024)
 def buffer_layout(*shape: Any) -> tuple[Array, int]:
     parts = cells.layout(*shape)
-    return np.array([parts], cells.record_of(cells.Buffer)), parts.end
+    return np.array([parts], cells.record_of(cells.BufferParts)), parts.end
 
 
 @lru_cache(1024)
 def work_layout(*shape: Any) -> tuple[Array, int]:
     parts = bptt.work_layout(*shape)
-    return np.array([parts], cells.record_of(bptt.Work)), parts.end
+    return np.array([parts], cells.record_of(bptt.WorkParts)), parts.end

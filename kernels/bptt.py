@@ -59,7 +59,7 @@ def _column_sums(d, slab, rows, G, sums, fresh, me, parties):
 
 
 # Where the parts of `backward`'s workspace begin, and its end.
-Work = namedtuple("Work", "d dp dh direct dm ds end")
+WorkParts = namedtuple("WorkParts", "d dp dh direct dm ds end")
 
 
 def work_layout(cell, B, rows, buffers, W, L):
@@ -74,7 +74,7 @@ def work_layout(cell, B, rows, buffers, W, L):
         PH * B * W if cell.P != cell.H or cell.again.count > 0 else 0,
         U * B * L,
     ]
-    return Work(*accumulate(sizes, initial=0))
+    return WorkParts(*accumulate(sizes, initial=0))
 
 
 Gradients = namedtuple("Gradients", "x h_0 s_0 w_ih w_hh w_hr b peepholes")
@@ -109,10 +109,11 @@ def backward(
     """Backpropagation through time. ``buffer``, as `forward` saved it, is read, and may be read again.
 
     dy (N, P), dh_n (B, P), ds_n (B, H): gradients by the outputs; packed: as `fastrnn.packing` makes it;
-    buffer_parts, work_parts (1): records, a `cell.Buffer` and a `Work`; most: the rows of the largest of ``backs``.
+    buffer_parts, work_parts (1): records, `cell.BufferParts` and `WorkParts`; most: the rows of the largest chunk of
+    ``backs``.
     Written: ``d_out``, the gradients by x (N, I), h_0 (B, P), s_0 (B, H), the weights, as they are shaped, the bias
     (G W), in panels as the gates, and the peepholes (3, U L), those by weights added to unless ``fresh``; and ``work``
-    (`Work`), the parts of which are
+    (`WorkParts`), the parts of which are
 
       d (G, rows, W), dp (PP, rows, W)   gradients by the gates' sums and, of a projection, by y of a chunk, the last
                                          row first; once or, for several parties, twice (``buffers``)

@@ -1,4 +1,4 @@
-"""What a cell is, its weights and its buffers: the terms of the loops in `recurrent` and `bptt`; and packing.
+"""What a cell is, its weights and its buffers: the terms of the loops in `recurrent` and `bptt`.
 
 A cell is a `Cell`, which says how its gates lie in memory, and its gate math, which it hands to the loops as functions
 of one vector of units (`lstm`, `gru` and `rnn` each have theirs):
@@ -25,7 +25,7 @@ is as long. Buffers are C-contiguous arrays of one dtype; all belong to the call
     h_0 (B, P), s_0, s_n (B, H)   states; h_n are the last rows of y
     steps int64 (T + 1)           where each step's rows begin, and N
     chunks, backs int64           the first step of each chunk of the forward and the backward pass, and T
-    packed                        the weights, as `fastrnn.packing` makes them: `Packed` or `PackedBack`
+    packed                        the weights, as `fastrnn.packing` makes them: `PackedParts` or `BackParts`
     buffer                        workspace, or what `forward` saves for `backward`: the parts below (`layout`)
       s (U, B, L)                 the running state s
       hm (2, B, P)                h times the recurrent mask, of every other step
@@ -70,12 +70,12 @@ Masks = namedtuple("Masks", "h zone_h zone_s")
 
 # Where the parts of an array begin, one after another, and where the last one ends. Kernels are told, in records: the
 # numbers take Python no time, and code that computes them would take long to compile.
-#   Packed       of the weights for `recurrent`: zeros, bias, W_ih, W_hh, those of the second product, the peepholes
-#   PackedBack   of the weights for `bptt`
-#   Buffer       of the buffer
-Packed = namedtuple("Packed", "zeros bias w_ih w_hh again extra end")
-PackedBack = namedtuple("PackedBack", "zeros w_hh w_ih again extra end")
-Buffer = namedtuple("Buffer", "s hm m ss xs hs ms gates end")
+#   PackedParts   of the weights for `recurrent`: zeros, bias, W_ih, W_hh, those of the second product, the peepholes
+#   BackParts     of the weights for `bptt`
+#   BufferParts   of the buffer
+PackedParts = namedtuple("PackedParts", "zeros bias w_ih w_hh again extra end")
+BackParts = namedtuple("BackParts", "zeros w_hh w_ih again extra end")
+BufferParts = namedtuple("BufferParts", "s hm m ss xs hs ms gates end")
 
 
 def record_of(kind):
@@ -85,15 +85,15 @@ def record_of(kind):
 
 # As kernels take a cell: an array of records, for Numba unpacks it faster than a tuple.
 _FIELDS = {"x": record_of(Window), "h": record_of(Window), "again": record_of(Window), "clip": np.float64}
-_PARTS = [("packed", record_of(Packed)), ("packed_back", record_of(PackedBack))]
+_PARTS = [("packed", record_of(PackedParts)), ("packed_back", record_of(BackParts))]
 RECORD = np.dtype([(name, _FIELDS.get(name, np.int64)) for name in Cell._fields] + _PARTS)
 
 
 def records(cell, inputs, W, L):
-    """A `RECORD` for each of a layer's directions, of so many inputs. All their `Packed` parts are in one array."""
+    """A `RECORD` for each of a layer's directions, of so many inputs. All their `PackedParts` are in one array."""
     records, end = [], 0
     for I in inputs:
-        packed = Packed(*[end + place for place in packed_layout(cell, I, W, L)])
+        packed = PackedParts(*[end + place for place in packed_layout(cell, I, W, L)])
         records.append((*cell, packed, packed_back_layout(cell, I, W, L)))
         end = packed.end
     return np.array(records, RECORD)
@@ -116,7 +116,7 @@ def packed_layout(cell, I, W, L):
         G * cell.again.count * units * cell.H if cell.P == cell.H else -(-cell.P // W) * W * cell.H,
         3 * U * L if cell.peephole else 0,
     ]
-    return Packed(*accumulate(sizes, initial=0))
+    return PackedParts(*accumulate(sizes, initial=0))
 
 
 @lru_cache(1024)
@@ -130,11 +130,11 @@ def packed_back_layout(cell, I, W, L):
         PH * W * G * cell.again.count * units if cell.P == cell.H else PH * W * PP * W,
         3 * U * L if cell.peephole else 0,
     ]
-    return PackedBack(*accumulate(sizes, initial=0))
+    return BackParts(*accumulate(sizes, initial=0))
 
 
 def layout(cell, N, B, I, rows, W, L, save, parties):
-    """The `Buffer` for so many parties. rows: of the largest chunk."""
+    """The `BufferParts` for so many parties. rows: of the largest chunk."""
     U, G, _ = panels_of_gates(cell, L)
     PI, PH, PP = -(-I // W), -(-cell.H // W), -(-cell.P // W)
     saved = N * W if save else 0
@@ -148,7 +148,7 @@ def layout(cell, N, B, I, rows, W, L, save, parties):
         PH * saved if cell.P != cell.H or cell.again.count > 0 else 0,
         G * W * (N if save else parties * rows if B > 1 else 2 * rows),
     ]
-    return Buffer(*accumulate(sizes, initial=0))
+    return BufferParts(*accumulate(sizes, initial=0))
 
 
 @part

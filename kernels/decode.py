@@ -12,7 +12,7 @@ from .gemm import Left, Panels, copy_row, load, product, product_of_row, store
 from .recurrent import Packed, State
 from .search import METHODS, OPEN, some_open
 from .tile import width
-from .vector import at
+from .vector import at, smaller
 
 # In the templates below these are a method and what a cell has.
 choose = advance = first_layer = cell_step = None
@@ -112,7 +112,7 @@ def _decode(packed, state, states, embedding, table, output, search, first, last
             cell_step(upper, upper_state, state.h[0])
         going = False
         for s0 in range(0, S, at_once):
-            s1 = min(s0 + at_once, S)
+            s1 = smaller(s0 + at_once, S)
             if not some_open(search, s0, s1):
                 continue
             y = logits[: (s1 - s0) * K]

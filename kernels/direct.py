@@ -10,7 +10,7 @@ from .compiler import part, specialise
 from .denormals import flush_denormals, restore_mode
 from .gemm import load, store, zeros
 from .tile import dot_products
-from .vector import at, lanes, pointer
+from .vector import at, lanes, pointer, smaller
 
 advance = None
 
@@ -22,7 +22,7 @@ FEW_ROWS = 64
 def add_products(cell, window, bias, w, x, B, K, u, sums, biased):
     """Add, for vector ``u`` of the units, a weight's products with x (B, K) and its bias to the sums' slots."""
     L = lanes(sums)
-    rows = min(L, cell.H - u * L)
+    rows = smaller(L, cell.H - u * L)
     for j in range(window.count):
         first = (j + window.rotate) % cell.gates * cell.H + u * L
         for b in range(B):

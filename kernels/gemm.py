@@ -92,7 +92,7 @@ def product(multiply, first, last, wide, N, M, start, target, left, packed, K):
 
 @part
 def _vectors(n, wide, L):
-    """The vectors of a tile for n columns of a panel."""
+    """The vectors of a tile for n columns of a panel: the fewest that hold them, on which the tile relies, or 3."""
     return 3 if wide == 3 * L else VECS if n > 2 * L else 2 if n > L else 1
 
 

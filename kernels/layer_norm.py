@@ -45,7 +45,7 @@ from .denormals import flush_denormals, restore_mode
 from .gemm import Left, Panels, load, pack_rows, panels, product, store, zeros
 from .lstm import clipped, not_clipped
 from .tile import ROWS, width
-from .vector import at, fma, lanes
+from .vector import at, fma, lanes, smaller
 
 EPSILON = 1e-5
 
@@ -268,7 +268,7 @@ def forward(cell, advance, slots, x, h_0, s, weights, y, buffers, steps, chunks,
     for q in range(len(chunks) - 1):
         for t in range(chunks[q], chunks[q + 1]):
             row = steps[t]
-            r0, r1 = b0, min(b1, steps[t + 1] - row)
+            r0, r1 = b0, smaller(b1, steps[t + 1] - row)
             if r0 >= r1:
                 continue
             # The buffers' first row. Parties are not at one step: what is not saved, they keep in rows of their own.
@@ -337,7 +337,7 @@ def _weight_gradient(d, rows, N, K, source, dw, nothing, fresh, me, parties, mul
         p, n = item // groups, item % groups * group
         target, left = Panels(at(dw, n * K), W, K), Left(at(d, last * N + n), 1, -N, 1, 0)
         start = nothing if fresh else target
-        product(multiply, p, p + 1, W, K, min(group, N - n), start, target, left, backwards, rows)
+        product(multiply, p, p + 1, W, K, smaller(group, N - n), start, target, left, backwards, rows)
 
 
 @part(inline=False)
@@ -399,7 +399,7 @@ def backward(
         new = fresh and q == len(backs) - 2
         for t in range(backs[q + 1] - 1, backs[q] - 1, -1):
             row, here = steps[t], steps[t] - base
-            r0, r1 = b0, min(b1, steps[t + 1] - row)
+            r0, r1 = b0, smaller(b1, steps[t + 1] - row)
             if r0 >= r1:
                 continue
             for b in range(r0, r1):

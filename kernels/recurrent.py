@@ -38,7 +38,7 @@ def forward(
 ):
     """``y, s_n``: the cell over a sequence, saving for `bptt.backward` if ``save``. y, s_n and buffer are written.
 
-    cells: of which the first is this one. packed: the weights of all. buffer_parts (1): a record, a `cell.Buffer`.
+    cells: of which the first is this one. packed: the weights of all. buffer_parts (1): a record, `cell.BufferParts`.
     most: the rows of the largest chunk.
     """
     mode, cell, of_buffer = flush_denormals(), cells[0], buffer_parts[0]

@@ -30,7 +30,7 @@ from .compiler import kernel, part, specialise
 from .denormals import flush_denormals, restore_mode
 from .gemm import load, store
 from .losses import highest_of
-from .vector import at, lanes, load_part_or, load_whole, sum_of_lanes
+from .vector import at, lanes, load_part_or, load_whole, smaller, sum_of_lanes
 
 CLOSED, OPEN, NOT_A_NUMBER, NOT_A_LOG_PROBABILITY = range(4)
 # A log-probability may be above 0 by rounding; what is farther above is none.
@@ -224,7 +224,7 @@ def beam(search, t, s, x, r):
         if forced < 0:
             _forbid(search, t, row)
         for j in range(first, last, BLOCK):
-            n = min(BLOCK, last - j)
+            n = smaller(BLOCK, last - j)
             least = ranks[count - 1] if count == len(ranks) else -np.inf
             if count == len(ranks):
                 # What follows rounds otherwise: a little less than has to be exceeded.
@@ -360,7 +360,7 @@ def _likeliest(search, x, weights, total, V):
         if weights[v] > 0:
             heap[n] = v
             n += 1
-    most = min(n, top_k)
+    most = smaller(n, top_k)
     for i in range(n // 2 - 1, -1, -1):
         _sift(heap, n, i, x)
     highest = weights[heap[0]] if n > 0 else 0.0

@@ -53,11 +53,11 @@ def _multiply_add(builder, sums, numbers, vectors):
 
     Of the numbers and the vectors the fewer stay in registers while the others pass, so that most are left for sums.
     """
-    n, lanes = len(vectors), builder.load(sums[0]).type.count
+    n, lanes = len(vectors), sums[0].type.pointee.count
 
-    def add(i, j, number, vector):
+    def add(i, j, x, y):
         s = sums[i * n + j]
-        builder.store(fma_of(builder, number, vector, builder.load(s)), s)
+        builder.store(fma_of(builder, x, y, builder.load(s)), s)
 
     def number(i):
         return splat(builder, builder.load(numbers[i]), lanes)
@@ -89,7 +89,7 @@ def _tile_product(shapes, lanes, apart):
         n, start, start_row, target, target_row, a, a_row, a_k, blocks, a_block, p, p_panel, p_row, K = args
         number = start.type.pointee
         sums = [cgutils.alloca_once(builder, vector_of(number)) for _ in range(r * several * v)]
-        # The numbers there are of the vectors of a row that need not be whole.
+        # So many vectors of a row are whole in any case: with fewer columns there would be fewer vectors, but for 3.
         whole = v if several > 1 else {1: 0, 2: 1, 3: 0, 4: 2}[v]
         masks = {j: mask_of(builder, number, builder.sub(n, I64(j * lanes))) for j in range(whole, v)}
 
@@ -163,9 +163,9 @@ def tile_product(
     start, target: addresses of matrices with ``*_row`` numbers from row to row (0: one row for all).
     left: ``Left(address, row, k, blocks, block)`` as `gemm` describes it.
     packed: address of a panel of ``left.blocks * K`` rows, ``packed_row`` numbers apart.
-    rows: at most `ROWS`. vecs: 1, 2 or `VECS`, enough for n. panels: 1; or, for one row and `VECS`, 2 or
-    `ROW_PANELS` whole panels at once, which lie ``packed_panel`` numbers apart, and so do start's and target's,
-    ``*_row`` numbers apart.
+    rows: at most `ROWS`. vecs: of 1, 2 and `VECS` the first that is enough for n. panels: 1; or, for one row and
+    `VECS`, 2 or `ROW_PANELS` whole panels at once, which lie ``packed_panel`` numbers apart, and so do start's and
+    target's, ``*_row`` numbers apart.
 
     A number of the product is one chain of multiply-adds, over k in ascending order.
     """

@@ -1,6 +1,7 @@
 """Memory that is used again: never while anything can still reach it, and not without bound."""
 
 import gc
+import itertools
 import subprocess
 import sys
 import threading
@@ -29,6 +30,14 @@ def block_of(array):
     return array.block
 
 
+def small_pool(monkeypatch, most):
+    """A pool of its own, of at most so many bytes."""
+    kept = {}
+    monkeypatch.setattr(memory._Lent.__del__, "__defaults__", (kept, most))
+    monkeypatch.setattr(memory, "_kept", kept)
+    return kept
+
+
 @pytest.mark.parametrize("count", [0, 1, 1000, 5000, 5001, 300_000, 300_001])
 def test_large_arrays_begin_on_a_cache_line(count, dtype):
     array = memory.empty(count, dtype)
@@ -53,17 +62,18 @@ def test_what_is_given_back_is_used_again(dtype):
 
 def test_the_smallest_block_that_fits_is_taken():
     f32 = np.dtype(np.float32)
-    blocks = [memory.empty(n * LARGE, f32) for n in (5, 3, 8, 2)]
-    sizes = {n: block_of(b).nbytes for n, b in zip((5, 3, 8, 2), blocks)}
+    blocks = [memory.empty(n * LARGE // 10, f32) for n in (23, 20, 12, 40)]
+    sizes = {n: block_of(b).nbytes for n, b in zip((23, 20, 12, 40), blocks)}
     del blocks
     gc.collect()
-    assert block_of(three := memory.empty(3 * LARGE - 5, f32)).nbytes == sizes[3]
-    assert block_of(more := memory.empty(3 * LARGE, f32)).nbytes == sizes[5]
-    # Of what would be more than half unused, a new one is made.
-    assert block_of(small := memory.empty(LARGE // 2, f32)).nbytes < sizes[2] // 2
+    arrays = [memory.empty(n * LARGE // 10, f32) for n in (19, 19, 9, 30)]
+    found = [block_of(array).nbytes for array in arrays]
+    assert found[:2] == [sizes[20], sizes[23]]
+    # Of what would be more than a quarter larger, a new one is made.
+    assert found[2] < sizes[12] / 1.25
+    assert found[3] < sizes[40] / 1.25
     assert len(memory._kept) == 2
-    assert not np.may_share_memory(three, more)
-    assert not np.may_share_memory(more, small)
+    assert not any(np.may_share_memory(a, b) for a, b in itertools.combinations(arrays, 2))
 
 
 @pytest.mark.parametrize(
@@ -93,10 +103,7 @@ def test_a_view_of_any_kind_holds_the_block(view):
 
 
 def test_no_more_than_a_limit_is_kept(monkeypatch):
-    kept = {}
-    lent = memory._Lent
-    monkeypatch.setattr(lent.__del__, "__defaults__", (kept, 5 * LARGE))
-    monkeypatch.setattr(memory, "_kept", kept)
+    kept = small_pool(monkeypatch, 5 * LARGE)
     uint8 = np.dtype(np.uint8)
     arrays = [memory.empty(LARGE + n, uint8) for n in range(8)]
     blocks = [block_of(array) for array in arrays]
@@ -123,24 +130,65 @@ def test_without_memory_what_is_kept_goes_first(monkeypatch):
         assert memory.empty(4 * LARGE, np.dtype(np.float32)).size == 4 * LARGE
 
 
-def test_no_two_threads_get_one_block():
-    wrong, f64 = [], np.dtype(np.float64)
+def test_no_two_threads_get_one_block_nor_too_small_a_one(monkeypatch):
+    """Of a pool so small that blocks are given up, and others made where they were, while threads choose."""
+    small_pool(monkeypatch, 8 * LARGE)
+    wrong, before = [], sys.getswitchinterval()
 
     def work(number):
-        for _ in range(300):
-            arrays = [memory.empty(LARGE // 8 + 1, f64) for _ in range(3)]
-            for k, array in enumerate(arrays):
-                array[::1000] = 10 * number + k
-            for k, array in enumerate(arrays):
-                if not (array[::1000] == 10 * number + k).all():
-                    wrong.append(number)
+        rng = np.random.default_rng(number)
+        for size in rng.integers(LARGE, 4 * LARGE, 400).tolist():
+            array = memory.empty(size, np.dtype(np.uint8))
+            array[:: LARGE // 4] = number
+            if array.size != size or not (array[:: LARGE // 4] == number).all():
+                wrong.append((number, size, array.size))
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
     assert not wrong
+
+
+def test_a_block_is_not_taken_for_another_that_came_in_its_place(monkeypatch):
+    """Between looking and taking, all that were seen are gone, and smaller ones kept, be it at the same addresses."""
+
+    class Kept(dict):
+        def values(self):
+            seen = [*super().values()]
+            self.clear()
+            for block in seen:
+                smaller = block[: LARGE // 2]
+                self[id(block)] = smaller
+            return seen
+
+    size = 2 * LARGE
+    block = np.empty(size, np.uint8)
+    monkeypatch.setattr(memory, "_kept", Kept({id(block): block}))
+    assert memory._block(size).nbytes >= size
+
+
+class Cycle:
+    pass
+
+
+def test_the_garbage_collector_may_give_back_at_any_moment():
+    """It runs whenever something is made, while blocks are listed, too."""
+    arrays = [memory.empty(LARGE + 64 * n, np.dtype(np.uint8)) for n in range(100)]
+    del arrays
+    for trial in range(40):
+        tuples = [(n, n + 1) for n in range(2500)]  # no tuple is left that would be used again
+        gc.collect()
+        cycle = Cycle()
+        cycle.itself, cycle.array = cycle, memory.empty(LARGE, np.dtype(np.uint8))
+        del cycle
+        tuples += [(n, n + 1) for n in range(480 + 5 * trial)]  # so near is the next collection
+        assert memory.empty(LARGE, np.dtype(np.uint8)).size == LARGE
 
 
 def test_a_pullback_survives_what_runs_after_it(rng):
