@@ -132,7 +132,7 @@ def run_direction(
     after[0][...] = sequences.last(y, h_0)
     if tape is None:
         return None
-    tape[key] = buffer, parts
+    tape[key] = buffer
 
     def backward(dy: Array, d_after: list[Array], d_before: list[Array], sums: Sums, tape: Tape) -> Array:
         backs = sequences.chunks(ROWS_BACKWARD)
@@ -146,8 +146,9 @@ def run_direction(
 
         def call(me: int, parties: int, barrier: Array) -> None:
             functions.backward(
-                *packs[1], dy, dh_n, ds_n, *tape[key], out, space, work_parts, buffers, steps, chunks,
-                backs, most, mask_arrays, fresh, sequences.share(me, parties, cell.H, dtype), barrier, multiply,
+                *packs[1], dy, dh_n, ds_n, tape[key], parts, out, space, work_parts, buffers, steps,
+                chunks, backs, most, mask_arrays, fresh, sequences.share(me, parties, cell.H, dtype), barrier,
+                multiply,
             )  # fmt: skip
 
         batching.together(parties, call)

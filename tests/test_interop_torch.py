@@ -653,6 +653,7 @@ def test_replace_and_restore():
 def test_threads_are_as_many_as_torch_may_use(monkeypatch):
     _, ours = pair("LSTM", 128, 256)
     x = torch.randn(20, 64, 128)
+    ours(x)[0].sum().backward()  # the weights are packed
     seen, together = [], batching.together
     monkeypatch.setattr(batching, "together", lambda n, call: seen.append(n) or together(n, call))
     before, of_torch = fastrnn.get_num_threads(), torch.get_num_threads()
