@@ -105,24 +105,18 @@ def pack_linear_back(w: Array) -> Array:
 
 def pack_all(layer: "Recurrent") -> Array:
     """All weights as the forward kernels read them, where the layer's records say."""
-    packed, L = memory.empty(int(layer.records[-1]["packed"]["end"]), layer.dtype), LANES_OF[layer.dtype]
-    first = 0
-    for key in layer._keys():
-        w = weights(layer, *key)
-        parts = cells.packed_layout(layer.cell, w.weight_ih.shape[1], VECS * L, L)
-        own = packed[first : first + parts.end]
-        _pack_bias(layer.cell, w, own[parts.bias : parts.w_ih])
-        _pack_weights(pack, layer.cell, w, parts, own)
-        first += parts.end
+    packed = memory.empty(int(layer.records["packed"]["end"][-1]), layer.dtype)
+    for key, places in zip(layer._keys(), layer.records["packed"].tolist()):
+        w, parts = weights(layer, *key), cells.PackedParts(*places)
+        _pack_bias(layer.cell, w, packed[parts.bias : parts.w_ih])
+        _pack_weights(pack, layer.cell, w, parts, packed)
     return packed
 
 
-def pack_backward(layer: "Recurrent", k: int, d: int) -> Array:
+def pack_backward(layer: "Recurrent", key: Key, parts: cells.BackParts) -> Array:
     """A direction's weights as the backward kernels read them."""
-    w, L = weights(layer, k, d), LANES_OF[layer.dtype]
-    parts = cells.packed_back_layout(layer.cell, w.weight_ih.shape[1], VECS * L, L)
     packed = memory.empty(parts.end, layer.dtype)
-    _pack_weights(pack_transposed, layer.cell, w, parts, packed)
+    _pack_weights(pack_transposed, layer.cell, weights(layer, *key), parts, packed)
     return packed
 
 
@@ -138,9 +132,10 @@ def packs(layer: "Recurrent", save: bool) -> Packs:
 
 def _packs(layer: "Recurrent", save: bool) -> Packs:
     packed, packs = packed_of(layer), {}
-    for i, key in enumerate(layer._keys()):
+    for i, (key, places) in enumerate(zip(layer._keys(), layer.records["packed_back"].tolist())):
         records = layer.records[i:]
-        packs[key] = (records, packed), (records, pack_backward(layer, *key) if save else packed)
+        backward = pack_backward(layer, key, cells.BackParts(*places)) if save else packed
+        packs[key] = (records, packed), (records, backward)
     return packs
 
 

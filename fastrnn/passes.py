@@ -146,9 +146,8 @@ def run_direction(
 
         def call(me: int, parties: int, barrier: Array) -> None:
             functions.backward(
-                *packs[1], dy, dh_n, ds_n, tape[key], parts, out, space, work_parts, buffers, steps,
-                chunks, backs, most, mask_arrays, fresh, sequences.share(me, parties, cell.H, dtype), barrier,
-                multiply,
+                *packs[1], dy, dh_n, ds_n, tape[key], parts, out, space, work_parts, buffers, steps, chunks, backs,
+                most, mask_arrays, fresh, sequences.share(me, parties, cell.H, dtype), barrier, multiply,
             )  # fmt: skip
 
         batching.together(parties, call)

@@ -63,7 +63,7 @@ WorkParts = namedtuple("WorkParts", "d dp dh direct dm ds end")
 
 
 def work_layout(cell, B, rows, buffers, W, L):
-    """rows: of the largest chunk."""
+    """The `WorkParts` for a batch of B. rows: of the largest chunk. buffers: of d and dp."""
     U, G, _ = panels_of_gates(cell, L)
     PH, PP = -(-cell.H // W), -(-cell.P // W)
     sizes = [

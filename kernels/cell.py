@@ -49,7 +49,6 @@ depend on the cut.
 """
 
 from collections import namedtuple
-from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
@@ -105,8 +104,8 @@ def panels_of_gates(cell, L):
     return U, -(-U // cell.spread), cell.spread * L
 
 
-@lru_cache(1024)
 def packed_layout(cell, I, W, L):
+    """The `PackedParts` of a direction with I inputs."""
     U, G, units = panels_of_gates(cell, L)
     sizes = [
         W,
@@ -119,8 +118,8 @@ def packed_layout(cell, I, W, L):
     return PackedParts(*accumulate(sizes, initial=0))
 
 
-@lru_cache(1024)
 def packed_back_layout(cell, I, W, L):
+    """The `BackParts` of a direction with I inputs."""
     U, G, units = panels_of_gates(cell, L)
     PI, PH, PP = -(-I // W), -(-cell.H // W), -(-cell.P // W)
     sizes = [

@@ -19,6 +19,7 @@ from .vector import (
     at,
     call,
     lanes,
+    larger,
     load_part,
     load_whole,
     smaller,
@@ -155,7 +156,7 @@ def _multiply(
     most, length = LONG // (wide // L * VECTOR_BYTES), blocks * K
     if M <= ROWS or length <= 2 * most:
         most = length
-    several, rows_at_once = (most // K if most > K else 1, K) if blocks > 1 else (1, most)
+    several, rows_at_once = (larger(1, most // K), K) if blocks > 1 else (1, most)
     for q in range(0, blocks, several):
         for k in range(0, K, rows_at_once):
             some, count = smaller(several, blocks - q), smaller(rows_at_once, K - k)

@@ -16,7 +16,7 @@ LARGE = memory.WORTH_KEEPING
 
 
 @pytest.fixture(autouse=True)
-def nothing_kept(monkeypatch):
+def nothing_kept():
     gc.collect()
     memory._kept.clear()
     yield
